@@ -1,0 +1,1 @@
+"""DeepSeek-V3.2 for stock vLLM, as an out-of-tree plugin."""
