@@ -1,0 +1,150 @@
+"""The one table of implementations, and the one place that chooses among them.
+
+A row names an operation, an implementation and the problems that it refuses. :func:`select_kernels`
+picks, for each operation, the first row that takes the problem, once per layer at construction.
+Every implementation has the signature of the operation's reference, which is also its contract.
+
+To add an implementation, add its row above the slower ones.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from vllm_dsv32.errors import KernelUnavailableError
+from vllm_dsv32.layout import FP8_DS_MLA, INDEX_HEAD_DIM, KV_LORA_RANK, ROPE_DIM
+
+__all__ = ["KERNELS", "OPERATIONS", "Kernel", "KernelSet", "Problem", "explain", "select_kernels"]
+
+Refusal = str | None
+"""Why an implementation does not take a problem; None if it does."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is known of the work when a layer is built."""
+
+    device_type: str
+    """As in ``torch.device.type``."""
+    capability: tuple[int, int] | None
+    """CUDA compute capability; None off CUDA."""
+    dtype: torch.dtype
+    """The model's."""
+    cache_format: str
+    """"auto" (the model's dtype) or "fp8_ds_mla"."""
+    num_heads: int
+    """Attention heads on this rank."""
+    kv_lora_rank: int
+    rope_dim: int
+    num_index_heads: int
+    index_head_dim: int
+    topk: int
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One row of the table."""
+
+    operation: str
+    name: str
+    target: str
+    """``module:function``; imported when chosen, so that a row costs nothing where it is refused."""
+    refuse: Callable[[Problem], Refusal]
+    graph_capturable: bool
+    """Whether a call neither synchronises with the host nor depends on the addresses of a past call."""
+
+    def load(self) -> Callable[..., Any]:
+        """Import the implementation."""
+        module, _, function = self.target.partition(":")
+        return getattr(importlib.import_module(module), function)
+
+
+@dataclass(frozen=True)
+class KernelSet:
+    """The chosen implementation of each operation; see the module of that name for its contract."""
+
+    latent_insert: Callable[..., None]
+    index_insert: Callable[..., None]
+    mla_query: Callable[..., torch.Tensor]
+    index_query: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    index_logits: Callable[..., torch.Tensor]
+    topk_select: Callable[..., None]
+    topk_slots: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    sparse_mla: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    names: Mapping[str, str]
+    """Operation to the name of what was chosen."""
+    graph_capturable: bool
+    """Whether all of them are."""
+
+
+OPERATIONS = tuple(field.name for field in fields(KernelSet) if field.name not in ("names", "graph_capturable"))
+
+
+def _reference_refuses(problem: Problem) -> Refusal:
+    """The references know the two cache layouts of :mod:`vllm_dsv32.layout` and no others."""
+    if (problem.kv_lora_rank, problem.rope_dim) != (KV_LORA_RANK, ROPE_DIM):
+        return (
+            f"takes kv_lora_rank {KV_LORA_RANK} and qk_rope_head_dim {ROPE_DIM}, "
+            f"got {problem.kv_lora_rank} and {problem.rope_dim}"
+        )
+    if problem.index_head_dim != INDEX_HEAD_DIM:
+        return f"takes index_head_dim {INDEX_HEAD_DIM}, got {problem.index_head_dim}"
+    if problem.cache_format not in ("auto", FP8_DS_MLA):
+        return f"takes the cache formats auto and {FP8_DS_MLA}, got {problem.cache_format}"
+    return None
+
+
+KERNELS: list[Kernel] = [
+    Kernel(
+        operation=operation,
+        name="reference",
+        target=f"vllm_dsv32.kernels.{operation}:reference",
+        refuse=_reference_refuses,
+        graph_capturable=False,
+    )
+    for operation in OPERATIONS
+]
+"""Fastest first within an operation."""
+
+
+def explain(operation: str, problem: Problem) -> list[tuple[Kernel, Refusal]]:
+    """Each implementation of an operation, fastest first, with its refusal of the problem or None."""
+    return [(kernel, kernel.refuse(problem)) for kernel in KERNELS if kernel.operation == operation]
+
+
+def select_kernels(problem: Problem, overrides: Mapping[str, str] | None = None) -> KernelSet:
+    """Choose an implementation for every operation.
+
+    Args:
+        problem: what has to be computed, and where.
+        overrides: operation to the name of the implementation that the user insists on.
+
+    Raises:
+        KernelUnavailableError: an operation has no implementation that takes the problem, or the one
+            insisted on does not exist or refuses; the message gives each one's reason.
+    """
+    overrides = overrides or {}
+    unknown = sorted(set(overrides) - set(OPERATIONS))
+    if unknown:
+        raise KernelUnavailableError(
+            f"no operation is called {', '.join(unknown)}; the operations are {', '.join(OPERATIONS)}"
+        )
+    chosen = {operation: _choose(operation, problem, overrides.get(operation)) for operation in OPERATIONS}
+    return KernelSet(
+        **{operation: kernel.load() for operation, kernel in chosen.items()},
+        names={operation: kernel.name for operation, kernel in chosen.items()},
+        graph_capturable=all(kernel.graph_capturable for kernel in chosen.values()),
+    )
+
+
+def _choose(operation: str, problem: Problem, wanted: str | None) -> Kernel:
+    rows = explain(operation, problem)
+    for kernel, refusal in rows:
+        if refusal is None and wanted in (None, kernel.name):
+            return kernel
+    asked = f" called {wanted}" if wanted else ""
+    reasons = "; ".join(f"{kernel.name}: {refusal or 'would take it'}" for kernel, refusal in rows)
+    raise KernelUnavailableError(f"no implementation of {operation}{asked} takes {problem}: {reasons}")

@@ -1,0 +1,30 @@
+"""Operation ``mla_query``: the absorbed query of multi-head latent attention."""
+
+import torch
+
+from vllm_dsv32.kernels.rope import rope_interleaved
+
+__all__ = ["reference"]
+
+
+def reference(
+    q: torch.Tensor,
+    w_uk_t: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+) -> torch.Tensor:
+    """``[q_nope W_UK | rope_interleaved(q_pe)]``, so that keys are read as they lie in the latent cache.
+
+    Args:
+        q: ``[T, N, nope + rope]``, the nope part first.
+        w_uk_t: ``[N, nope, 512]``.
+        positions: int64 ``[T]``.
+        cos_sin_cache: float32 ``[max_position, rope]``, cosines then sines.
+
+    Returns:
+        ``[T, N, 512 + rope]`` in the dtype of ``q``.
+    """
+    nope_dim = w_uk_t.shape[1]
+    latent = torch.bmm(q[..., :nope_dim].transpose(0, 1), w_uk_t).transpose(0, 1)
+    rope = rope_interleaved(q[..., nope_dim:], cos_sin_cache[positions])
+    return torch.cat((latent, rope.to(q.dtype)), dim=-1)
