@@ -1,0 +1,188 @@
+"""DeepSeek sparse attention over the two caches: write, score, select, attend."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from vllm.compilation.breakable_cudagraph import eager_break_during_capture
+from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_maybe_dequant_weights
+
+from vllm_dsv32.attention.caches import IndexKeyCache, LatentCache
+from vllm_dsv32.compat import keep_plain_weight
+from vllm_dsv32.config import ModelDims, kernel_overrides, kernel_problem
+from vllm_dsv32.kernels.dispatch import select_kernels
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.layernorm import RMSNorm
+    from vllm.model_executor.layers.linear import ColumnParallelLinear
+
+    from vllm_dsv32.attention.metadata import DsaMetadata
+
+__all__ = ["SparseAttention"]
+
+logger = init_logger("vllm.plugins.dsv32")
+
+_LOGITS_NBYTES = 256 << 20
+"""Bound on the index logits that are held at once; longer batches are scored in chunks of rows."""
+
+
+class SparseAttention(LatentCache):
+    """The part of an attention layer between its projections.
+
+    Owns the latent cache and the absorbed halves of ``kv_b_proj``; uses the index-key cache of its indexer.
+    All of it runs in one call outside captured graph segments, because all of it depends on the batch.
+    """
+
+    def __init__(
+        self,
+        dims: ModelDims,
+        num_heads: int,
+        kv_norm: "RMSNorm",
+        kv_b_proj: "ColumnParallelLinear",
+        index_k_norm: torch.nn.LayerNorm,
+        topk_indices_buffer: torch.Tensor,
+        prefix: str,
+    ) -> None:
+        """Build the layer and choose its kernels.
+
+        Args:
+            dims: of the model.
+            num_heads: on this rank.
+            kv_norm: the latent's norm; its weight is applied on insertion.
+            kv_b_proj: ``kv_lora_rank -> num_heads * (nope + v)``; absorbed after loading.
+            index_k_norm: the index key's norm, applied on insertion.
+            topk_indices_buffer: int32 ``[max_num_batched_tokens, K]``, shared by all layers. vLLM points
+                the modules of a draft model at the target's buffer, so it is read anew in every step.
+            prefix: the layer's name in vLLM.
+
+        Raises:
+            KernelUnavailableError: an operation has no implementation here.
+        """
+        super().__init__(dims.kv_lora_rank + dims.rope_dim, prefix)
+        self.dims = dims
+        self.num_heads = num_heads
+        self.topk_indices_buffer = topk_indices_buffer
+        self.index_keys = IndexKeyCache(f"{prefix}.index_keys")
+        self.kv_norm = kv_norm
+        self.kv_b_proj = kv_b_proj
+        keep_plain_weight(kv_b_proj)
+        self.index_k_norm = index_k_norm
+        vllm_config = get_current_vllm_config()
+        self.kernels = select_kernels(
+            kernel_problem(vllm_config, self.kv_cache_dtype), kernel_overrides(vllm_config)
+        )
+        logger.info_once(
+            "vllm-dsv32 serves this model; KV cache %s; kernels: %s",
+            self.kv_cache_dtype,
+            ", ".join(f"{operation}={name}" for operation, name in self.kernels.names.items()),
+        )
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Split ``kv_b_proj`` into ``w_uk_t`` ``[N, nope, rank]`` and ``w_uv`` ``[N, rank, v]``. vLLM calls it."""
+        dims = self.dims
+        weight = get_and_maybe_dequant_weights(self.kv_b_proj, out_dtype=act_dtype)
+        per_head = weight.view(self.num_heads, dims.nope_dim + dims.v_dim, dims.kv_lora_rank)
+        w_uk_t, w_uv_t = per_head.split([dims.nope_dim, dims.v_dim], dim=1)
+        self._set_buffer("w_uk_t", w_uk_t.contiguous())
+        self._set_buffer("w_uv", w_uv_t.transpose(1, 2).contiguous())
+
+    def _set_buffer(self, name: str, value: torch.Tensor) -> None:
+        """In place on a reload, so that captured graphs keep reading the right memory."""
+        if name in self._buffers:
+            self.get_buffer(name).copy_(value)
+        else:
+            self.register_buffer(name, value, persistent=False)
+
+    @eager_break_during_capture
+    def forward(
+        self,
+        positions: torch.Tensor,
+        cos_sin_cache: torch.Tensor,
+        q: torch.Tensor,
+        kv_c: torch.Tensor,
+        k_pe: torch.Tensor,
+        index_q: torch.Tensor,
+        index_k: torch.Tensor,
+        head_weights: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        """Insert the tokens' keys into both caches, select for each query, and attend.
+
+        T' is T with vLLM's padding behind it.
+
+        Args:
+            positions: int64 ``[T']``.
+            cos_sin_cache: float32 ``[max_position, rope]``.
+            q: ``[T', N, nope + rope]``, not rotated.
+            kv_c: ``[T', rank]``, not normalised.
+            k_pe: ``[T', rope]``, not rotated.
+            index_q: ``[T', H, D]``, not rotated.
+            index_k: ``[T', D]``, not normalised.
+            head_weights: float32 ``[T', H]``.
+            output: ``[T', N * v]``, overwritten; zeros in a dummy run and for padding.
+        """
+        metadata, index_metadata = self.metadata(), self.index_keys.metadata()
+        if metadata is None or index_metadata is None:
+            # Data-parallel ranks without work must agree on what the experts see.
+            output.zero_()
+            return
+        num_tokens = metadata.num_actual_tokens
+        output[num_tokens:].zero_()
+        if num_tokens == 0:
+            return
+        positions = positions[:num_tokens]
+        self.kernels.latent_insert(
+            kv_c[:num_tokens],
+            k_pe[:num_tokens],
+            self.kv_norm.weight,
+            self.kv_norm.variance_epsilon,
+            positions,
+            cos_sin_cache,
+            metadata.slots,
+            self.kv_cache,
+        )
+        self.kernels.index_insert(
+            index_k[:num_tokens],
+            self.index_k_norm.weight,
+            self.index_k_norm.bias,
+            self.index_k_norm.eps,
+            positions,
+            cos_sin_cache,
+            self.dims.index_rope_layout,
+            index_metadata.slots,
+            self.index_keys.kv_cache,
+        )
+        q_fp8, weights = self.kernels.index_query(
+            index_q[:num_tokens],
+            head_weights[:num_tokens],
+            positions,
+            cos_sin_cache,
+            self.dims.index_rope_layout,
+        )
+        topk_pos = self._select(q_fp8, weights, index_metadata)
+        topk_slot, num_valid = self.kernels.topk_slots(
+            topk_pos, metadata.request_ids, metadata.block_table, self.kv_cache.shape[1]
+        )
+        mla_q = self.kernels.mla_query(q[:num_tokens], self.get_buffer("w_uk_t"), positions, cos_sin_cache)
+        latent, _ = self.kernels.sparse_mla(mla_q, self.kv_cache, topk_slot, num_valid, self.dims.softmax_scale)
+        per_head = output[:num_tokens].view(num_tokens, self.num_heads, self.dims.v_dim)
+        torch.bmm(latent.transpose(0, 1), self.get_buffer("w_uv"), out=per_head.transpose(0, 1))
+
+    def _select(self, q_fp8: torch.Tensor, weights: torch.Tensor, metadata: "DsaMetadata") -> torch.Tensor:
+        """The positions that each token attends to, int32 ``[T, K]``, in the shared buffer."""
+        topk_pos = self.topk_indices_buffer[: metadata.num_actual_tokens]
+        step = max(1, _LOGITS_NBYTES // (4 * max(1, metadata.max_num_keys)))
+        for begin in range(0, metadata.num_actual_tokens, step):
+            rows = slice(begin, begin + step)
+            logits = self.kernels.index_logits(
+                q_fp8[rows],
+                weights[rows],
+                self.index_keys.kv_cache,
+                metadata.block_table,
+                metadata.request_ids[rows],
+                metadata.num_keys[rows],
+                metadata.max_num_keys,
+            )
+            self.kernels.topk_select(logits, metadata.num_keys[rows], topk_pos[rows])
+        return topk_pos

@@ -1,0 +1,165 @@
+"""The projections around sparse attention: multi-head latent attention and the lightning indexer."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.rotary_embedding import get_rope
+
+from vllm_dsv32.attention.sparse_attention import SparseAttention
+from vllm_dsv32.config import ModelDims
+from vllm_dsv32.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.quantization import QuantizationConfig
+
+__all__ = ["Dsv32Attention", "Indexer"]
+
+_INDEX_NORM_EPS = 1e-6
+
+
+class Indexer(torch.nn.Module):
+    """The lightning indexer's projections; every rank has all index heads."""
+
+    def __init__(self, dims: ModelDims, quant_config: "QuantizationConfig | None", prefix: str) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = dims.num_index_heads, dims.index_head_dim
+        self.wq_b = ReplicatedLinear(
+            dims.q_lora_rank,
+            self.num_heads * self.head_dim,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.wq_b",
+        )
+        self.wk = ReplicatedLinear(
+            dims.hidden_size, self.head_dim, bias=False, quant_config=quant_config, prefix=f"{prefix}.wk"
+        )
+        self.k_norm = torch.nn.LayerNorm(self.head_dim, eps=_INDEX_NORM_EPS, dtype=torch.float32)
+        # In float32, as in DeepSeek's own code: bfloat16 here flips selections that are nearly tied.
+        self.weights_proj = ReplicatedLinear(
+            dims.hidden_size,
+            self.num_heads,
+            bias=False,
+            params_dtype=torch.float32,
+            prefix=f"{prefix}.weights_proj",
+        )
+
+    def forward(
+        self, hidden_states: torch.Tensor, q_c: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Project.
+
+        Args:
+            hidden_states: ``[T, hidden]``.
+            q_c: ``[T, q_lora_rank]``, normalised.
+
+        Returns:
+            ``index_q`` ``[T, H, D]``, ``index_k`` ``[T, D]`` and ``head_weights`` float32 ``[T, H]``.
+        """
+        index_q = self.wq_b(q_c)[0].view(-1, self.num_heads, self.head_dim)
+        return index_q, self.wk(hidden_states)[0], self.weights_proj(hidden_states.float())[0]
+
+
+class Dsv32Attention(torch.nn.Module):
+    """One attention layer: MLA in absorbed form over the keys that the indexer selects."""
+
+    def __init__(
+        self,
+        dims: ModelDims,
+        quant_config: "QuantizationConfig | None",
+        topk_indices_buffer: torch.Tensor,
+        prefix: str,
+    ) -> None:
+        """Build the layer.
+
+        Raises:
+            ConfigError: the heads do not divide among the tensor-parallel ranks.
+        """
+        super().__init__()
+        tp_size = get_tensor_model_parallel_world_size()
+        if dims.num_heads % tp_size:
+            raise ConfigError(
+                f"{dims.num_heads} attention heads do not divide among {tp_size} tensor-parallel ranks"
+            )
+        self.dims = dims
+        self.num_heads = dims.num_heads // tp_size
+        self.fused_qkv_a_proj = MergedColumnParallelLinear(
+            dims.hidden_size,
+            [dims.q_lora_rank, dims.kv_lora_rank + dims.rope_dim],
+            bias=False,
+            quant_config=quant_config,
+            disable_tp=True,
+            prefix=f"{prefix}.fused_qkv_a_proj",
+        )
+        self.q_a_layernorm = RMSNorm(dims.q_lora_rank, eps=dims.rms_norm_eps)
+        self.q_b_proj = ColumnParallelLinear(
+            dims.q_lora_rank,
+            dims.num_heads * (dims.nope_dim + dims.rope_dim),
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.q_b_proj",
+        )
+        self.kv_a_layernorm = RMSNorm(dims.kv_lora_rank, eps=dims.rms_norm_eps)
+        self.kv_b_proj = ColumnParallelLinear(
+            dims.kv_lora_rank,
+            dims.num_heads * (dims.nope_dim + dims.v_dim),
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.kv_b_proj",
+        )
+        self.o_proj = RowParallelLinear(
+            dims.num_heads * dims.v_dim,
+            dims.hidden_size,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.o_proj",
+        )
+        self.indexer = Indexer(dims, quant_config, f"{prefix}.indexer")
+        # Only its table is used: both rotations, interleaved and halves, share the angles. In float32:
+        # get_rope's default, the model's dtype, would round every cosine to eight bits.
+        self.rotary_emb = get_rope(
+            dims.rope_dim,
+            max_position=dims.max_position,
+            is_neox_style=False,
+            rope_parameters=dict(dims.rope_parameters),
+            dtype=torch.float32,
+        )
+        self.attn = SparseAttention(
+            dims,
+            self.num_heads,
+            self.kv_a_layernorm,
+            self.kv_b_proj,
+            self.indexer.k_norm,
+            topk_indices_buffer,
+            f"{prefix}.attn",
+        )
+
+    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """``[T]`` and ``[T, hidden]`` to ``[T, hidden]``, reduced over the tensor-parallel ranks."""
+        dims = self.dims
+        q_c, kv_c, k_pe = self.fused_qkv_a_proj(hidden_states)[0].split(
+            [dims.q_lora_rank, dims.kv_lora_rank, dims.rope_dim], dim=-1
+        )
+        q_c = self.q_a_layernorm(q_c.contiguous())
+        q = self.q_b_proj(q_c)[0].view(-1, self.num_heads, dims.nope_dim + dims.rope_dim)
+        index_q, index_k, head_weights = self.indexer(hidden_states, q_c)
+        output = hidden_states.new_empty((hidden_states.shape[0], self.num_heads * dims.v_dim))
+        self.attn(
+            positions,
+            self.rotary_emb.cos_sin_cache,
+            q,
+            kv_c,
+            k_pe,
+            index_q,
+            index_k,
+            head_weights,
+            output,
+        )
+        return self.o_proj(output)[0]
