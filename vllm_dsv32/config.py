@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ModelDims",
+    "fill_defaults",
     "kernel_overrides",
     "kernel_problem",
     "normalise_kv_cache_dtype",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 _OPTIONS_KEY = "vllm_dsv32"
+_ROUTING = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 _FP8_NAMES = ("fp8", "fp8_e4m3", FP8_DS_MLA)
 
 
@@ -83,6 +85,16 @@ class ModelDims:
             index_rope_layout=RopeLayout.INTERLEAVED if interleaved else RopeLayout.NEOX,
             rope_parameters=rope_parameters,
         )
+
+
+def fill_defaults(hf_config: Any) -> None:
+    """Set the routing keys that DeepSeek-V3.2 has by definition where a configuration leaves them out.
+
+    ``transformers`` writes configurations without them; vLLM's experts would then use another router.
+    """
+    for key, value in _ROUTING.items():
+        if getattr(hf_config, key, None) is None:
+            setattr(hf_config, key, value)
 
 
 def verify_vllm_config(vllm_config: "VllmConfig") -> None:

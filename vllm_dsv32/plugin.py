@@ -42,6 +42,7 @@ REGISTRATIONS = (
     Registration("model", "DeepseekV32ForCausalLM", "vllm_dsv32.model:Dsv32ForCausalLM"),
     Registration("model", "DeepseekV32MTPModel", "vllm_dsv32.model:Dsv32MTP"),
     Registration("config", "DeepseekV32ForCausalLM", "vllm_dsv32.plugin:Dsv32ConfigHook"),
+    Registration("config", "DeepseekV32MTPModel", "vllm_dsv32.plugin:Dsv32ConfigHook"),
     Registration("tokenizer", "deepseek_v32", "vllm_dsv32.serving.tokenizer:Dsv32Tokenizer"),
     Registration("renderer", "deepseek_v32", "vllm_dsv32.serving.renderer:Dsv32Renderer"),
     Registration("tool_parser", "deepseek_v32", "vllm_dsv32.serving.tool_parser:Dsv32ToolParser"),
@@ -67,7 +68,10 @@ class Dsv32ConfigHook:
 
     @staticmethod
     def verify_and_update_model_config(model_config: "ModelConfig") -> None:
-        """Nothing depends on the model's configuration alone."""
+        """Complete the checkpoint's configuration; see :func:`vllm_dsv32.config.fill_defaults`."""
+        from vllm_dsv32.config import fill_defaults
+
+        fill_defaults(model_config.hf_config)
 
 
 def register() -> None:
@@ -99,13 +103,14 @@ def _register_config(registration: Registration) -> None:
 def _register_tokenizer(registration: Registration) -> None:
     from vllm.tokenizers.registry import TokenizerRegistry
 
-    TokenizerRegistry.register(registration.name, registration.module, registration.class_name)
+    # register() would warn, in every process and also under other models, that it overwrites a name.
+    TokenizerRegistry.tokenizers[registration.name] = (registration.module, registration.class_name)
 
 
 def _register_renderer(registration: Registration) -> None:
     from vllm.renderers.registry import RENDERER_REGISTRY
 
-    RENDERER_REGISTRY.register(registration.name, registration.module, registration.class_name)
+    RENDERER_REGISTRY.renderers[registration.name] = (registration.module, registration.class_name)
 
 
 def _register_tool_parser(registration: Registration) -> None:

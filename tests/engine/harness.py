@@ -1,14 +1,18 @@
 """vLLM's engine in this process, over small checkpoints, with raw logits out."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from vllm import LLM, SamplingParams
+from vllm import SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from vllm_dsv32.attention.sparse_attention import SparseAttention
 
 
 @dataclass
@@ -17,6 +21,8 @@ class Completion:
 
     prompt: list[int]
     generated: list[int]
+    num_cached_tokens: int
+    """Of the prompt, found in the prefix cache."""
     prompt_logits: torch.Tensor | None
     """``[len(prompt) - 1, vocabulary]``: after each token of the prompt but the last."""
     generated_logits: torch.Tensor
@@ -27,37 +33,49 @@ class Completion:
         return self.prompt + self.generated
 
     def logits(self) -> torch.Tensor:
-        """After each token but the last, ``[len(token_ids) - 1, vocabulary]``."""
+        """The logits after each token but the last; only after those behind the prompt, if that is all there is."""
         parts = [] if self.prompt_logits is None else [self.prompt_logits]
         return torch.cat([*parts, self.generated_logits])
 
 
 @contextmanager
-def engine(path: Path, **options) -> Iterator[LLM]:
-    """An in-process engine whose logprobs are raw logits of the whole vocabulary."""
-    defaults = dict(
-        dtype="float32",
-        max_model_len=512,
-        max_num_batched_tokens=512,
-        max_num_seqs=16,
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        logprobs_mode="raw_logits",
-        max_logprobs=-1,
-        disable_log_stats=True,
-    )
-    llm = LLM(str(path), **(defaults | options))
+def engine(
+    path: Path, *, chunked: bool = True, prefix_caching: bool = False, block_size: int = 16, **options
+) -> Iterator[LLMEngine]:
+    """An engine whose logprobs are the raw logits of the whole vocabulary.
+
+    On a CPU without AMX, vLLM turns chunked prefill and prefix caching off and forces blocks of 16 for every
+    model with a latent cache, because its own attention for them asks for that. Ours does not, so what the
+    test wants is set again here: scheduler, cache manager and layers are the same everywhere.
+    """
+    defaults = {
+        "dtype": "float32",
+        "max_model_len": 512,
+        "max_num_batched_tokens": 512,
+        "max_num_seqs": 16,
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "logprobs_mode": "raw_logits",
+        "max_logprobs": -1,
+        "disable_log_stats": True,
+    }
+    arguments = EngineArgs(model=str(path), **(defaults | options))
+    config = arguments.create_engine_config()
+    config.scheduler_config.enable_chunked_prefill = chunked
+    config.cache_config.enable_prefix_caching = prefix_caching
+    config.cache_config.block_size = block_size
+    llm = LLMEngine.from_vllm_config(config, disable_log_stats=arguments.disable_log_stats)
     try:
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        llm.engine_core.shutdown()
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
 
 
 def complete(
-    llm: LLM, prompts: list[list[int]], num_tokens: int, *, prompt_logits: bool = True
+    llm: LLMEngine, prompts: list[list[int]], num_tokens: int, *, prompt_logits: bool = True
 ) -> list[Completion]:
     """Greedy completions of token-id prompts, in one batch, with the logits behind them."""
     params = SamplingParams(
@@ -68,21 +86,54 @@ def complete(
         logprobs=-1,
         prompt_logprobs=-1 if prompt_logits else None,
     )
-    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
-    return [
-        Completion(
-            prompt=prompt,
-            generated=list(output.outputs[0].token_ids),
-            prompt_logits=_table(output.prompt_logprobs[1:]) if output.prompt_logprobs else None,
-            generated_logits=_table(output.outputs[0].logprobs),
-        )
-        for prompt, output in zip(prompts, outputs, strict=True)
-    ]
+    for index, prompt in enumerate(prompts):
+        llm.add_request(str(index), {"prompt_token_ids": prompt}, params)
+    outputs = {}
+    while llm.has_unfinished_requests():
+        outputs |= {output.request_id: output for output in llm.step() if output.finished}
+    return [_completion(prompt, outputs[str(index)]) for index, prompt in enumerate(prompts)]
+
+
+def _completion(prompt: list[int], output) -> Completion:
+    return Completion(
+        prompt=prompt,
+        generated=list(output.outputs[0].token_ids),
+        num_cached_tokens=output.num_cached_tokens or 0,
+        prompt_logits=_table(output.prompt_logprobs[1:]) if output.prompt_logprobs else None,
+        generated_logits=_table(output.outputs[0].logprobs),
+    )
 
 
 def _table(rows) -> torch.Tensor:
-    table = torch.full((len(rows), max((max(row) for row in rows), default=0) + 1), torch.nan)
+    """Rows of {token: Logprob} as a dense matrix."""
+    vocabulary = max(max(row) for row in rows) + 1 if rows else 0
+    table = torch.full((len(rows), vocabulary), torch.nan)
     for index, row in enumerate(rows):
-        for token, entry in row.items():
-            table[index, token] = entry.logprob
+        tokens = torch.tensor(list(row))
+        table[index, tokens] = torch.tensor([entry.logprob for entry in row.values()])
     return table
+
+
+def attention_layers(llm: LLMEngine) -> list[SparseAttention]:
+    """The sparse-attention layers of the main model."""
+
+    def collect(model: torch.nn.Module) -> list[SparseAttention]:
+        return [module for module in model.modules() if isinstance(module, SparseAttention)]
+
+    (layers,) = llm.apply_model(collect)
+    return layers
+
+
+@contextmanager
+def kernels_replaced(llm: LLMEngine, **replacements: Callable) -> Iterator[None]:
+    """Other implementations of some operations, in every layer: ``name=lambda original: replacement``."""
+    attention = attention_layers(llm)
+    originals = [layer.kernels for layer in attention]
+    for layer in attention:
+        changed = {name: make(getattr(layer.kernels, name)) for name, make in replacements.items()}
+        layer.kernels = replace(layer.kernels, **changed)
+    try:
+        yield
+    finally:
+        for layer, original in zip(attention, originals, strict=True):
+            layer.kernels = original

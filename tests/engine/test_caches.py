@@ -1,0 +1,55 @@
+"""fp8_ds_mla against a cache in the model's dtype: the difference is that of the quantisation."""
+
+import torch
+
+from engine.checkpoints import TOPK, checkpoint, prompts
+from engine.comparison import kl_divergence
+from engine.harness import complete, engine, kernels_replaced
+
+# Between what quantising the latent does (6e-5 here) and what a damaged cache does (0.5 and more).
+MARK = 3e-4
+
+
+def run(llm) -> torch.Tensor:
+    return torch.cat([c.logits() for c in complete(llm, prompts(3 * TOPK, 20), 1)])
+
+
+def one_byte_shifted(original):
+    """Rows that begin a byte late, as a wrong offset of the scales would make them."""
+
+    def sabotaged(*arguments):
+        *_, slots, cache = arguments
+        original(*arguments)
+        at = (slots // cache.shape[1], slots % cache.shape[1])
+        cache[at] = cache[at].roll(1, dims=-1)
+
+    return sabotaged
+
+
+def scales_forgotten(original):
+    def sabotaged(*arguments):
+        *_, slots, cache = arguments
+        original(*arguments)
+        cache[slots // cache.shape[1], slots % cache.shape[1], 512:528] = torch.ones(4).view(torch.uint8)
+
+    return sabotaged
+
+
+def not_written(_original):
+    return lambda *_: None
+
+
+def test_the_caches_differ_by_quantisation_only():
+    path = checkpoint("dense, no YaRN")
+    with engine(path, kv_cache_dtype="auto") as llm:
+        plain = run(llm)
+    with engine(path, kv_cache_dtype="fp8") as llm:
+        assert llm.vllm_config.cache_config.cache_dtype == "fp8_ds_mla"
+        divergence = kl_divergence(plain, run(llm)).mean().item()
+        print(f"fp8_ds_mla: mean KL {divergence:.1e}")
+        assert 0 < divergence <= MARK
+        for damage in (one_byte_shifted, scales_forgotten, not_written):
+            with kernels_replaced(llm, latent_insert=damage):
+                damaged = kl_divergence(plain, run(llm).nan_to_num()).mean().item()
+            print(f"{damage.__name__}: mean KL {damaged:.1e}")
+            assert damaged > 10 * MARK, damage.__name__

@@ -1,0 +1,36 @@
+"""Tensor and pipeline parallelism over two processes: the same greedy output as in one."""
+
+import pytest
+
+from engine.checkpoints import TOPK, checkpoint, prompts
+from engine.harness import complete, engine
+
+ASKED = prompts(TOPK - 2, 3 * TOPK, 9)
+NUM_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def plain() -> list[list[int]]:
+    with engine(checkpoint("experts, YaRN")) as llm:
+        return [c.generated for c in complete(llm, ASKED, NUM_TOKENS, prompt_logits=False)]
+
+
+def generated(**options) -> list[list[int]]:
+    with engine(checkpoint("experts, YaRN"), **options) as llm:
+        return [c.generated for c in complete(llm, ASKED, NUM_TOKENS, prompt_logits=False)]
+
+
+def test_tensor_parallel(plain):
+    assert generated(tensor_parallel_size=2) == plain
+
+
+def test_pipeline_parallel(plain, monkeypatch):
+    # On the CPU vLLM allocates the buffers between stages in a warm-up that it leaves out for breakable graphs.
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "0")
+    assert generated(pipeline_parallel_size=2, enforce_eager=False) == plain
+
+
+def test_tensor_parallel_over_an_fp8_cache_with_drafts(plain):
+    drafts = {"method": "mtp", "num_speculative_tokens": 1}
+    with_drafts = generated(tensor_parallel_size=2, kv_cache_dtype="fp8", speculative_config=drafts)
+    assert with_drafts == generated(kv_cache_dtype="fp8")

@@ -1,0 +1,52 @@
+"""mla_query and index_query."""
+
+import pytest
+import torch
+
+from kernels import naive
+from kernels.inputs import close, cos_sin_cache, implementations
+from vllm_dsv32.kernels.rope import RopeLayout
+
+
+@pytest.mark.parametrize(("tokens", "heads", "nope"), [(0, 4, 128), (1, 1, 128), (7, 5, 128), (3, 2, 192)])
+@implementations("mla_query")
+def test_mla_query(kernel, generator, tokens, heads, nope):
+    q = torch.randn(tokens, heads, nope + 64, generator=generator)
+    w_uk_t = torch.randn(heads, nope, 512, generator=generator) * nope**-0.5
+    positions, table = torch.arange(tokens) * 11, cos_sin_cache()
+    got = kernel(q, w_uk_t, positions, table)
+    assert got.shape == (tokens, heads, 576)
+    assert got.dtype == q.dtype
+    expected = torch.zeros(tokens, heads, 576, dtype=torch.float64)
+    for t in range(tokens):
+        for h in range(heads):
+            expected[t, h, :512] = q[t, h, :nope].double() @ w_uk_t[h].double()
+            rotated = naive.rope(q[t, h, nope:].double().tolist(), table[positions[t]].double().tolist(), True)
+            expected[t, h, 512:] = torch.tensor(rotated)
+    close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", RopeLayout)
+@pytest.mark.parametrize(("tokens", "heads"), [(0, 4), (1, 1), (5, 6)])
+@implementations("index_query")
+def test_index_query(kernel, generator, tokens, heads, layout):
+    index_q = torch.randn(tokens, heads, 128, generator=generator).bfloat16()
+    head_weights = torch.randn(tokens, heads, generator=generator)
+    positions, table = torch.arange(tokens) * 11, cos_sin_cache()
+    q_fp8, weights = kernel(index_q, head_weights, positions, table, layout)
+    assert (q_fp8.shape, q_fp8.dtype) == ((tokens, heads, 128), torch.float8_e4m3fn)
+    assert (weights.shape, weights.dtype) == ((tokens, heads), torch.float32)
+    for t in range(tokens):
+        cos_sin = table[positions[t]].double().tolist()
+        for h in range(heads):
+            row = index_q[t, h].double().tolist()
+            wanted = naive.rope(row[:64], cos_sin, layout is RopeLayout.INTERLEAVED) + row[64:]
+            scale = naive.power_of_two_scale(wanted)
+            codes = q_fp8[t, h].view(torch.uint8).tolist()
+            differing = sum(
+                abs(naive.e4m3_decode(code) - naive.e4m3_decode(naive.e4m3_encode(value / scale))) > 0
+                for code, value in zip(codes, wanted, strict=True)
+            )
+            assert differing <= 1, "more than a value in the middle of two codes"
+            folded = float(head_weights[t, h]) * scale * heads**-0.5 * 128**-0.5
+            assert float(weights[t, h]) == pytest.approx(folded, rel=1e-5)
