@@ -194,11 +194,11 @@ def _required(hf_config: Any, key: str) -> Any:
 
 
 def _refuse_unserved_keys(hf_config: Any) -> None:
-    """Keys that other models of the family use to share one layer's selection with the next."""
-    for key, served in (("index_topk_freq", 1), ("index_topk_pattern", None)):
+    """Keys by which other models of the family leave the indexer or the experts out of some layers."""
+    for key, served in (("index_topk_freq", 1), ("index_topk_pattern", None), ("moe_layer_freq", 1)):
         value = getattr(hf_config, key, served)
         if value != served:
-            raise ConfigError(f"config.json: {key}={value!r} is not served; only {served!r} (every layer selects)")
+            raise ConfigError(f"config.json: {key}={value!r} is not served; DeepSeek-V3.2 has {served!r}")
 
 
 def _rope_parameters(hf_config: Any) -> dict[str, Any]:

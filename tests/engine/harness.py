@@ -64,11 +64,13 @@ def engine(
     config.scheduler_config.enable_chunked_prefill = chunked
     config.cache_config.enable_prefix_caching = prefix_caching
     config.cache_config.block_size = block_size
-    llm = LLMEngine.from_vllm_config(config, disable_log_stats=arguments.disable_log_stats)
+    llm = None
     try:
+        llm = LLMEngine.from_vllm_config(config, disable_log_stats=arguments.disable_log_stats)
         yield llm
     finally:
-        llm.engine_core.shutdown()
+        if llm is not None:
+            llm.engine_core.shutdown()
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()

@@ -1,4 +1,4 @@
-"""mla_query and index_query."""
+"""mla_query, index_query and mla_output."""
 
 import pytest
 import torch
@@ -50,3 +50,19 @@ def test_index_query(kernel, generator, tokens, heads, layout):
             assert differing <= 1, "more than a value in the middle of two codes"
             folded = float(head_weights[t, h]) * scale * heads**-0.5 * 128**-0.5
             assert float(weights[t, h]) == pytest.approx(folded, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "heads", "v"), [(0, 4, 128), (1, 1, 128), (7, 5, 128), (3, 2, 64)])
+@implementations("mla_output")
+def test_mla_output(kernel, generator, tokens, heads, v, dtype):
+    latent = torch.randn(tokens, heads, 512, generator=generator).to(dtype)
+    w_uv = (torch.randn(heads, 512, v, generator=generator) * 512**-0.5).to(dtype)
+    output = torch.full((tokens, heads * v), torch.nan, dtype=dtype)
+    kernel(latent, w_uv, output)
+    expected = torch.zeros(tokens, heads, v, dtype=torch.float64)
+    for t in range(tokens):
+        for h in range(heads):
+            expected[t, h] = latent[t, h].double() @ w_uv[h].double()
+    rtol = 1e-4 if dtype == torch.float32 else 2**-8
+    close(output, expected.reshape(tokens, heads * v), rtol=rtol, atol=1e-4)

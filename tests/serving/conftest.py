@@ -18,5 +18,5 @@ def tokenizer(tokenizer_path):
     return Dsv32Tokenizer.from_pretrained(tokenizer_path)
 
 
-settings.register_profile("serving", max_examples=5000, deadline=None, database=None)
+settings.register_profile("serving", max_examples=50, deadline=None, database=None)
 settings.load_profile("serving")

@@ -218,6 +218,12 @@ HISTORIES = [
         {"thinking": True},
     ),
     History(
+        "a developer message counts as the last user's",
+        [user("u"), assistant("a", reasoning="r"), developer("D")],
+        f"{BOS}{USER}u{CHAT}a{EOS}{USER}\n\n# The user's message is: D{THINK}",
+        {"thinking": True},
+    ),
+    History(
         "tools and format on a developer message",
         [developer("D"), user("u")],
         f"{BOS}{USER}{TOOLS % NOOP_JSON}{FORMAT % '{}'}\n\n# The user's message is: D{CHAT}{USER}u{CHAT}".replace(

@@ -82,6 +82,11 @@ class TestOverIds:
                 elif start < end:
                     assert has_ended
 
+    def test_a_block_before_the_thinking_is_old(self, thinking, encode):
+        old, reply = encode("<｜DSML｜function_calls>\n<｜DSML｜invoke<think>"), encode("hm")
+        assert not thinking.is_reasoning_end_streaming(old + reply, reply)
+        assert not thinking.is_reasoning_end(old + reply)
+
     @pytest.mark.parametrize(
         ("text", "content"),
         [

@@ -69,6 +69,7 @@ def test_no_warning_for_what_vllm_passes_along(warnings, tokenizer):
         continue_final_message=False,
         chat_template=None,
         documents=None,
+        cohere_format="cmd4",
         return_dict=False,
         tokenize=False,
     )

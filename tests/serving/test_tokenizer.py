@@ -3,6 +3,7 @@ import inspect
 import pickle
 
 import pytest
+from transformers import TokenizersBackend
 from vllm.tokenizers.hf import maybe_make_thread_pool
 from vllm.tokenizers.protocol import TokenizerLike
 
@@ -21,6 +22,19 @@ def test_loaded_as_vllm_loads_it(tokenizer_path):
     )
     assert isinstance(tokenizer, Dsv32Tokenizer)
     assert tokenizer.truncation_side == "left"
+
+
+def test_download_dir_is_transformers_cache_dir(tokenizer_path, monkeypatch):
+    seen = {}
+    load = TokenizersBackend.from_pretrained.__func__
+
+    def spy(cls, *args, **kwargs):
+        seen.update(kwargs)
+        return load(cls, *args, **kwargs)
+
+    monkeypatch.setattr(TokenizersBackend, "from_pretrained", classmethod(spy))
+    Dsv32Tokenizer.from_pretrained(tokenizer_path, download_dir="/nowhere")
+    assert seen == {"cache_dir": "/nowhere"}
 
 
 def test_vllms_protocol(tokenizer):

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 from types import SimpleNamespace
 
@@ -47,6 +48,14 @@ class TestContract:
     def test_required_and_named_go_through_the_structural_tag(self):
         assert Dsv32ToolParser.structural_tag_model == "deepseek_v3_2"
         assert Dsv32ToolParser.supports_required_and_named is False
+
+    def test_never_by_json_even_without_the_structural_tag(self, monkeypatch):
+        monkeypatch.setenv("VLLM_ENFORCE_STRICT_TOOL_CALLING", "0")
+        source = importlib.util.find_spec(Dsv32ToolParser.__module__).origin
+        spec = importlib.util.spec_from_file_location("tool_parser_without_enforcement", source)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        assert module.Dsv32ToolParser.supports_required_and_named is False
 
     def test_constructed_without_tools(self, tokenizer):
         chat_request = request(tools=[WEATHER])
@@ -135,7 +144,8 @@ class TestResponsesApi:
         assert extract(tokenizer, responses_request, bare) == (None, [("patch", {"input": '{"a": 1}'})])
 
     def test_no_tools(self, tokenizer):
-        assert extract(tokenizer, ResponsesRequest(input="Hi"), ONE) == (ONE, [])
+        for responses_request in (ResponsesRequest(input="Hi"), SimpleNamespace(tool_choice="auto", tools=[])):
+            assert extract(tokenizer, responses_request, ONE) == (ONE, [])
 
 
 def grammar_of(tokenizer, chat_request, strict_level=ToolStrictLevel.AUTO):

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, DeepseekV32ForCausalLM
 
+from vllm_dsv32.checkpoint_tensors import checkpoint_tensors
 from vllm_dsv32.errors import CheckpointError, ConfigError
-from vllm_dsv32.tools.checkpoint_tensors import checkpoint_tensors
 from vllm_dsv32.tools.fp8_blocks import dequantize_blocks
 from vllm_dsv32.tools.tiny_checkpoint import (
     TinyCheckpointOptions,

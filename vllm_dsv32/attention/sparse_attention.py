@@ -166,8 +166,7 @@ class SparseAttention(LatentCache):
         )
         mla_q = self.kernels.mla_query(q[:num_tokens], self.get_buffer("w_uk_t"), positions, cos_sin_cache)
         latent, _ = self.kernels.sparse_mla(mla_q, self.kv_cache, topk_slot, num_valid, self.dims.softmax_scale)
-        per_head = output[:num_tokens].view(num_tokens, self.num_heads, self.dims.v_dim)
-        torch.bmm(latent.transpose(0, 1), self.get_buffer("w_uv"), out=per_head.transpose(0, 1))
+        self.kernels.mla_output(latent, self.get_buffer("w_uv"), output[:num_tokens])
 
     def _select(self, q_fp8: torch.Tensor, weights: torch.Tensor, metadata: "DsaMetadata") -> torch.Tensor:
         """The positions that each token attends to, int32 ``[T, K]``, in the shared buffer."""

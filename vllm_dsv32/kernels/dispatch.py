@@ -74,6 +74,7 @@ class KernelSet:
     topk_select: Callable[..., None]
     topk_slots: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     sparse_mla: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    mla_output: Callable[..., None]
     names: Mapping[str, str]
     """Operation to the name of what was chosen."""
     graph_capturable: bool

@@ -15,6 +15,8 @@ def reference(
 ) -> torch.Tensor:
     """``[q_nope W_UK | rope_interleaved(q_pe)]``, so that keys are read as they lie in the latent cache.
 
+    Multiplied and rotated in float32, rounded once.
+
     Args:
         q: ``[T, N, nope + rope]``, the nope part first.
         w_uk_t: ``[N, nope, 512]``.
@@ -25,6 +27,7 @@ def reference(
         ``[T, N, 512 + rope]`` in the dtype of ``q``.
     """
     nope_dim = w_uk_t.shape[1]
-    latent = torch.bmm(q[..., :nope_dim].transpose(0, 1), w_uk_t).transpose(0, 1)
+    # CPUs without bfloat16 units multiply in bfloat16 many times slower than in float32.
+    latent = torch.bmm(q[..., :nope_dim].transpose(0, 1).float(), w_uk_t.float()).transpose(0, 1)
     rope = rope_interleaved(q[..., nope_dim:], cos_sin_cache[positions])
-    return torch.cat((latent, rope.to(q.dtype)), dim=-1)
+    return torch.cat((latent, rope), dim=-1).to(q.dtype)

@@ -51,7 +51,7 @@ class Dsv32DecoderLayer(torch.nn.Module):
         layer_index = int(prefix.rsplit(".", 1)[-1])
         self.self_attn = Dsv32Attention(dims, quant_config, topk_indices_buffer, f"{prefix}.self_attn")
         self.mlp: DeepseekV2MoE | DeepseekV2MLP
-        if _has_experts(config, layer_index):
+        if layer_index >= config.first_k_dense_replace:
             self.mlp = DeepseekV2MoE(
                 config=config,
                 parallel_config=vllm_config.parallel_config,
@@ -137,10 +137,14 @@ class Dsv32Model(torch.nn.Module):
 class Dsv32MoEModel(torch.nn.Module, SupportsPP, DeepseekV2MixtureOfExperts):
     """What vLLM's pipeline parallelism and expert load balancing ask of both models, main and draft."""
 
+    config: Any
     make_empty_intermediate_tensors: Callable[..., IntermediateTensors]
 
-    def _init_hooks(self, config: Any) -> None:
+    def _init_hooks(self, vllm_config: "VllmConfig") -> None:
         """Call once the layers are built."""
+        config = self.config
+        # A checkpoint must be complete; updates of weights that are there need not be.
+        self._has_weights = vllm_config.load_config.load_format == "dummy"
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states", "residual"], config.hidden_size
         )
@@ -155,6 +159,18 @@ class Dsv32MoEModel(torch.nn.Module, SupportsPP, DeepseekV2MixtureOfExperts):
         self.num_expert_groups = getattr(config, "n_group", 1)
         if experts:
             DeepseekV2MixtureOfExperts.extract_moe_parameters(self, experts[-1])
+
+    def _load(
+        self,
+        weights: Iterable[tuple[str, torch.Tensor]],
+        checkpoint_name: Callable[[str], str],
+        belongs_here: Callable[[int | None], bool],
+    ) -> set[str]:
+        loaded = load_checkpoint(
+            self, self.config, weights, checkpoint_name, belongs_here, partial=self._has_weights
+        )
+        self._has_weights = True
+        return loaded
 
 
 class Dsv32ForCausalLM(Dsv32MoEModel):
@@ -179,7 +195,7 @@ class Dsv32ForCausalLM(Dsv32MoEModel):
                 prefix=maybe_prefix(prefix, "lm_head"),
             )
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
-        self._init_hooks(self.config)
+        self._init_hooks(vllm_config)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """``[T]`` to ``[T, hidden]``."""
@@ -206,16 +222,8 @@ class Dsv32ForCausalLM(Dsv32MoEModel):
             CheckpointError: a tensor is missing, unexpected or misshapen.
         """
         first_draft_layer = self.config.num_hidden_layers
-        return load_checkpoint(
-            self,
-            self.config,
+        return self._load(
             weights,
             checkpoint_name=lambda name: name,
             belongs_here=lambda layer: layer is None or layer < first_draft_layer,
         )
-
-
-def _has_experts(config: Any, layer_index: int) -> bool:
-    if config.n_routed_experts is None or layer_index < config.first_k_dense_replace:
-        return False
-    return layer_index % getattr(config, "moe_layer_freq", 1) == 0

@@ -14,7 +14,6 @@ from vllm.sequence import IntermediateTensors
 from vllm_dsv32.config import ModelDims
 from vllm_dsv32.errors import ConfigError
 from vllm_dsv32.model.deepseek_v32 import Dsv32DecoderLayer, Dsv32MoEModel, make_topk_indices_buffer
-from vllm_dsv32.model.weights import load_checkpoint
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -118,7 +117,7 @@ class Dsv32MTP(Dsv32MoEModel):
         self.quant_config = vllm_config.quant_config
         self.model = MTPModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.logits_processor = LogitsProcessor(self.config.vocab_size)
-        self._init_hooks(self.config)
+        self._init_hooks(vllm_config)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """``[T]`` to ``[T, hidden]``."""
@@ -163,9 +162,7 @@ class Dsv32MTP(Dsv32MoEModel):
             CheckpointError: a tensor of theirs is missing, unexpected or misshapen.
         """
         first = self.model.first_layer
-        return load_checkpoint(
-            self,
-            self.config,
+        return self._load(
             weights,
             checkpoint_name=self._checkpoint_name,
             belongs_here=lambda layer: layer is not None and layer >= first,

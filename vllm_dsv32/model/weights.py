@@ -25,6 +25,7 @@ _FUSED = {
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
 _EXPERT_PARAMETER = re.compile(r"(?P<experts>.*\.experts)(?P<inner>\..+)?\.(?P<half>w13|w2)_(?P<kind>.+)")
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
@@ -67,14 +68,14 @@ def load_checkpoint(
     targets = _targets(model, config, checkpoint_name)
     shapes = TensorShapes(config)
     parameters = dict(model.named_parameters())
-    elsewhere = tuple(get_pp_missing_layer_names(model))
+    elsewhere = _Elsewhere(model, targets, config.n_routed_experts or 0)
     seen: set[str] = set()
     loaded: set[str] = set()
     for name, tensor in weights:
         if name.endswith("rotary_emb.inv_freq") or not belongs_here(_layer_index(name)):
             continue
         if name not in targets:
-            if _is_elsewhere(name, elsewhere, targets):
+            if name in elsewhere:
                 continue
             raise CheckpointError(
                 f"unexpected tensor {name} {tuple(tensor.shape)}: the model of config.json has no such "
@@ -154,10 +155,21 @@ def _layer_index(name: str) -> int | None:
     return None if match is None else int(match[1])
 
 
-def _is_elsewhere(name: str, missing_layers: tuple[str, ...], targets: dict[str, list[_Target]]) -> bool:
-    """Whether another pipeline stage or another expert-parallel rank has the tensor."""
-    if name.startswith(missing_layers):
-        return True
-    # Of some other expert of the layer the same tensor is needed here.
-    sibling = re.compile(re.sub(r"\\\.experts\\\.\d+\\\.", r"\\.experts\\.\\d+\\.", re.escape(name)))
-    return ".experts." in name and any(sibling.fullmatch(target) for target in targets)
+class _Elsewhere:
+    """Knows the tensors that another pipeline stage or another expert-parallel rank takes."""
+
+    def __init__(self, model: torch.nn.Module, targets: Iterable[str], num_experts: int) -> None:
+        self._missing_layers = tuple(get_pp_missing_layer_names(model))
+        self._expert_tensors = {_EXPERT.sub(".experts.*.", name) for name in targets if ".experts." in name}
+        self._num_experts = num_experts
+
+    def __contains__(self, name: str) -> bool:
+        if name.startswith(self._missing_layers):
+            return True
+        expert = _EXPERT.search(name)
+        # Every rank has some expert of each layer, so the same tensor of another one is known here.
+        return (
+            expert is not None
+            and int(expert[1]) < self._num_experts
+            and _EXPERT.sub(".experts.*.", name) in self._expert_tensors
+        )

@@ -75,6 +75,11 @@ class _Call:
     value: list[str] = field(default_factory=list)
     is_open: bool = False
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no argument was read yet."""
+        return not self.arguments and not self.num_sent
+
 
 class DsmlParser:
     """Splits one reply into text and calls. One object for one reply: `feed` it, then `finish` it."""
@@ -157,7 +162,7 @@ class DsmlParser:
         self._skip_space()
         tag = self._next_tag(t.INVOKE_START)
         if tag:
-            self._source.append(tag)
+            self._keep(tag)
             self._state = self._read_name
         return self._settled(tag)
 
@@ -166,7 +171,7 @@ class DsmlParser:
         self._skip_space()
         tag = self._next_tag(t.INVOKE_START, t.CALLS_END)
         if tag == t.INVOKE_START:
-            self._source.append(tag)
+            self._keep(tag)
             self._state = self._read_name
         elif tag == t.CALLS_END:
             self._source.clear()
@@ -191,7 +196,7 @@ class DsmlParser:
         self._skip_space()
         tag = self._next_tag(t.PARAMETER_START, t.INVOKE_END)
         if tag:
-            self._source.append(tag)
+            self._keep(tag)
         if tag == t.PARAMETER_START:
             self._state = self._read_parameter_name
         elif tag == t.INVOKE_END:
@@ -231,7 +236,7 @@ class DsmlParser:
             and self._is_in_block
             and call.is_string is True
             and (types is None or "string" in types)
-            and not (not call.arguments and call.schema.may_wrap(call.parameter))
+            and not (call.is_empty and call.schema.may_wrap(call.parameter))
         )
         call.value, call.is_open = [], False
         self._state = self._read_value
@@ -258,7 +263,12 @@ class DsmlParser:
         start = self._position
         while self._position < len(self._buffer) and self._buffer[self._position] in _SPACE:
             self._position += 1
-        self._source.append(self._buffer[start : self._position])
+        self._keep(self._buffer[start : self._position])
+
+    def _keep(self, source: str) -> None:
+        """Keep the source of what is being read, as long as it may turn out to be text."""
+        if source and (self._call is None or not self._call.is_announced):
+            self._source.append(source)
 
     def _next_tag(self, *tags: str) -> str | None:
         """Consume and return the tag that stands next; "" if none of them can, None if that is open yet."""
@@ -280,7 +290,7 @@ class DsmlParser:
         if not end:
             return None
         self._position += len(name) + len(end)
-        self._source.append(name + end)
+        self._keep(name + end)
         return name
 
     def _next_until(self, tag: str) -> tuple[str, bool]:
@@ -292,14 +302,13 @@ class DsmlParser:
             held = self._buffer.rfind("<", max(start, len(self._buffer) - len(tag)))
             end = held if held >= 0 and tag.startswith(self._buffer[held:]) else len(self._buffer)
             self._position = end
-        if not self._current_call().is_announced:
-            self._source.append(self._buffer[start : self._position])
+        self._keep(self._buffer[start : self._position])
         return self._buffer[start:end], found >= 0
 
     def _may_hold_json(self) -> bool:
         call = self._current_call()
         is_object = self._buffer.startswith("{", self._position)
-        return is_object and call.name in self._tools and not call.arguments and not call.is_announced
+        return is_object and call.is_empty and call.name in self._tools
 
     def _settled(self, found: str | None) -> bool:
         """Go on after a look-ahead: with what was found, or as text if it was nothing; wait if it is open."""
@@ -311,7 +320,6 @@ class DsmlParser:
     def _give_up(self, rest: str) -> None:
         """What is being read is no call: it is text. A call already announced stays as it is."""
         if self._call is not None and self._call.is_announced:
-            self._source.clear()
             self._awaits_block_end = True
         self._text.write("".join(self._source) + rest)
         self._source = []

@@ -14,8 +14,8 @@ from typing import Any, Final, Literal
 import torch
 from safetensors.torch import save_file
 
+from vllm_dsv32.checkpoint_tensors import Role, TensorSpec, checkpoint_tensors
 from vllm_dsv32.errors import CheckpointError, ConfigError
-from vllm_dsv32.tools.checkpoint_tensors import Role, TensorSpec, checkpoint_tensors
 from vllm_dsv32.tools.fp8_blocks import BLOCK_SIZE, dequantize_blocks, quantize_blocks
 from vllm_dsv32.tools.tiny_tokenizer import tokenizer_size, write_tokenizer
 
