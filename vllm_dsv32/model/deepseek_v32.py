@@ -21,7 +21,7 @@ from vllm.sequence import IntermediateTensors
 
 from vllm_dsv32.config import ModelDims
 from vllm_dsv32.model.mla import Dsv32Attention
-from vllm_dsv32.model.weights import load_checkpoint
+from vllm_dsv32.model.weights import FUSED, load_checkpoint
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -137,6 +137,7 @@ class Dsv32Model(torch.nn.Module):
 class Dsv32MoEModel(torch.nn.Module, SupportsPP, DeepseekV2MixtureOfExperts):
     """What vLLM's pipeline parallelism and expert load balancing ask of both models, main and draft."""
 
+    packed_modules_mapping: ClassVar = FUSED
     config: Any
     make_empty_intermediate_tensors: Callable[..., IntermediateTensors]
 
@@ -175,11 +176,6 @@ class Dsv32MoEModel(torch.nn.Module, SupportsPP, DeepseekV2MixtureOfExperts):
 
 class Dsv32ForCausalLM(Dsv32MoEModel):
     """DeepSeek-V3.2 with its head, as vLLM runs it."""
-
-    packed_modules_mapping: ClassVar = {
-        "gate_up_proj": ["gate_proj", "up_proj"],
-        "fused_qkv_a_proj": ["q_a_proj", "kv_a_proj_with_mqa"],
-    }
 
     def __init__(self, *, vllm_config: "VllmConfig", prefix: str = "") -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -95,11 +95,6 @@ class MTPModel(torch.nn.Module):
 
 class Dsv32MTP(Dsv32MoEModel):
     """The draft model, as vLLM's proposer runs it."""
-
-    packed_modules_mapping: ClassVar = {
-        "gate_up_proj": ["gate_proj", "up_proj"],
-        "fused_qkv_a_proj": ["q_a_proj", "kv_a_proj_with_mqa"],
-    }
 
     def __init__(self, *, vllm_config: "VllmConfig", prefix: str = "") -> None:
         """Build the draft model.

@@ -18,12 +18,14 @@ from vllm.model_executor.models.utils import get_pp_missing_layer_names
 from vllm_dsv32.errors import CheckpointError
 from vllm_dsv32.model.tensor_shapes import TensorShapes
 
-__all__ = ["load_checkpoint"]
+__all__ = ["FUSED", "load_checkpoint"]
 
-_FUSED = {
-    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
+FUSED = {
+    "fused_qkv_a_proj": ["q_a_proj", "kv_a_proj_with_mqa"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
 }
+"""Modules that hold several of the checkpoint's, in the order of their shards; vLLM's quantisation asks, too."""
+
 _EXPERT_PARAMETER = re.compile(r"(?P<experts>.*\.experts)(?P<inner>\..+)?\.(?P<half>w13|w2)_(?P<kind>.+)")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -127,7 +129,7 @@ def _targets(
 
 
 def _plain_targets(parameter: str) -> Iterator[tuple[str, _Target]]:
-    for fused, parts in _FUSED.items():
+    for fused, parts in FUSED.items():
         if f".{fused}." in parameter:
             for shard, part in enumerate(parts):
                 yield parameter.replace(f".{fused}.", f".{part}."), _Target(parameter, shard)

@@ -1,0 +1,38 @@
+"""Steps without a batch, as profiling and idle data-parallel ranks make them, leave no trace."""
+
+import torch
+
+from engine.checkpoints import TOPK, checkpoint, prompts
+from engine.harness import attention_layers, complete, engine
+
+
+def test_a_dummy_batch_changes_nothing():
+    with engine(checkpoint("experts, YaRN"), kv_cache_dtype="fp8", prefix_caching=True) as llm:
+        asked = prompts(3 * TOPK)
+        first = complete(llm, asked, 8, prompt_logits=False)
+        caches = [layer.kv_cache.clone() for layer in attention_layers(llm)]
+        llm.engine_core.engine_core.execute_dummy_batch()
+        for layer, before in zip(attention_layers(llm), caches, strict=True):
+            assert torch.equal(layer.kv_cache, before)
+        second = complete(llm, asked, 8, prompt_logits=False)
+    assert second[0].num_cached_tokens > 0
+    assert second[0].generated == first[0].generated
+
+
+def test_without_a_batch_the_output_is_zero():
+    """Ranks without work must agree on what their experts see; memory that nobody wrote would not."""
+    outputs = []
+
+    def poison(_layer, arguments):
+        arguments[-1].fill_(torch.nan)
+
+    def keep(_layer, arguments, _result):
+        outputs.append(arguments[-1].clone())
+
+    with engine(checkpoint("experts, YaRN")) as llm:
+        for layer in attention_layers(llm):
+            layer.register_forward_pre_hook(poison)
+            layer.register_forward_hook(keep)
+        llm.engine_core.engine_core.execute_dummy_batch()
+    assert outputs
+    assert all(bool((output == 0).all()) for output in outputs)
