@@ -21,6 +21,7 @@ __all__ = [
     "make_tokenizer",
     "tokenizer_size",
     "write_tokenizer",
+    "write_tokenizer_config",
 ]
 
 BOS_TOKEN: Final = "<｜begin▁of▁sentence｜>"
@@ -94,6 +95,11 @@ def make_tokenizer() -> Tokenizer:
 def write_tokenizer(path: Path) -> None:
     """Write ``tokenizer.json`` and ``tokenizer_config.json`` into the existing folder ``path``."""
     make_tokenizer().save(str(path / "tokenizer.json"))
+    write_tokenizer_config(path)
+
+
+def write_tokenizer_config(path: Path) -> None:
+    """Write the ``tokenizer_config.json`` that goes with any tokenizer of these control tokens."""
     config: dict[str, Any] = {
         "add_bos_token": False,
         "add_eos_token": False,

@@ -1,0 +1,1 @@
+"""A small DeepSeek-V3.2, trained by the report's recipe on data that this package makes."""
