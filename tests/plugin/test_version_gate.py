@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from plugin.test_registration import run
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from plugin.test_registration import run
 from vllm_dsv32 import compat
 from vllm_dsv32.tools.tiny_checkpoint import TinyCheckpointOptions, write_checkpoint
 

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
+
 from server.conftest import MAX_MODEL_LEN, MODEL, Server
 
 TOOLS = [

@@ -1,0 +1,95 @@
+"""A `vllm serve` process."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+MODEL = "deepseek-v3.2-tiny"
+START_SECONDS = 240
+# What users of the plugin give.
+FLAGS = (
+    *("--tokenizer-mode", "deepseek_v32", "--tool-call-parser", "deepseek_v32"),
+    *("--enable-auto-tool-choice", "--reasoning-parser", "deepseek_v3"),
+)
+
+
+@dataclass
+class Server:
+    process: subprocess.Popen
+    url: str
+    log: Path
+    checkpoint: Path
+    probe_folder: Path | None = None
+
+    def get(self, path: str) -> tuple[int, str]:
+        return self._open(urllib.request.Request(self.url + path))
+
+    def post(self, path: str, body: dict) -> tuple[int, dict]:
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        status, text = self._open(request)
+        return status, json.loads(text)
+
+    def _open(self, request: urllib.request.Request) -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(request, timeout=120) as response:
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def wait_until_healthy(self) -> None:
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end:
+            assert self.process.poll() is None, f"the server ended:\n{self.log.read_text()[-4000:]}"
+            try:
+                if self.get("/health")[0] == 200:
+                    return
+            except OSError:
+                time.sleep(0.3)
+        raise AssertionError(f"not healthy after {START_SECONDS} s:\n{self.log.read_text()[-4000:]}")
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout=60)
+
+
+@contextlib.contextmanager
+def serve(checkpoint: Path, *flags: str, **environment: str) -> Iterator[Server]:
+    """A healthy server of `checkpoint`, killed in the end. It logs to server.log beside the checkpoint."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint)),
+        *("--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)),
+        *(*FLAGS, "--max-num-seqs", "8", "--enforce-eager"),
+        *flags,
+    ]
+    log = checkpoint.parent / "server.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"VLLM_LOGGING_LEVEL": "INFO"} | environment,
+            start_new_session=True,
+        )
+    server = Server(process, f"http://127.0.0.1:{port}", log, checkpoint)
+    try:
+        server.wait_until_healthy()
+        yield server
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
