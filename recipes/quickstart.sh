@@ -76,7 +76,7 @@ fi
 serve=(
     "$BIN/vllm" serve "$work/model" --served-model-name "$MODEL_NAME" --host 127.0.0.1 --port "$port"
     --tokenizer-mode deepseek_v32 --tool-call-parser deepseek_v32 --enable-auto-tool-choice
-    --reasoning-parser deepseek_v3 --dtype bfloat16 --max-model-len 2048 --max-num-seqs 4
+    --reasoning-parser deepseek_v3 --dtype bfloat16 --max-model-len 8192 --max-num-seqs 4
 )
 echo "Starting: vllm serve ${serve[*]:2}"
 echo "Log: $log"

@@ -57,6 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base-url", default="http://127.0.0.1:8000/v1")
     parser.add_argument("--model", required=True, help="the name that /v1/models shows")
+    parser.add_argument("--max-tokens", type=int, help="of a reply; random weights need a bound")
     arguments = parser.parse_args()
     client = OpenAI(base_url=arguments.base_url, api_key="none")
     history: list[dict[str, Any]] = []
@@ -64,15 +65,16 @@ def main() -> None:
         print(f"Question {number}: {question}\n")
         clear_reasoning(history)
         history.append({"role": "user", "content": question})
-        answer(client, arguments.model, history, number)
+        answer(client, arguments.model, history, number, arguments.max_tokens)
 
 
-def answer(client: OpenAI, model: str, history: list[dict[str, Any]], number: int) -> None:
+def answer(client: OpenAI, model: str, history: list[dict[str, Any]], number: int, max_tokens: int | None) -> None:
     """Have the model reply, and run what it calls, until it calls nothing more; `history` grows."""
     for round_number in range(1, MAX_REPLIES + 1):
         completion = client.chat.completions.create(
             model=model,
             messages=history,
+            max_tokens=max_tokens,
             tools=TOOLS,
             extra_body={"chat_template_kwargs": {"thinking": True}},
         )

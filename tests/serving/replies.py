@@ -1,28 +1,13 @@
-"""Replies of the model: how to write them, and how to put what a parser returns together again."""
+"""Replies of the model: how to cut them, and how to put what a parser returns together again."""
 
 import random
 from dataclasses import dataclass, field
 
-from serving.histories import block, invoke, parameter
+from text_cases import replies
 from vllm_dsv32.serving.dsml import DsmlParser
 from vllm_dsv32.serving.schema import ToolSchema
 
-__all__ = ["TOOLS", "Parsed", "block", "cut", "invoke", "parameter", "stream", "whole"]
-
-CITY = parameter("city", "Paris")
-DAYS = parameter("days", "3", "false")
-
-TOOLS = {
-    "weather": ToolSchema(
-        {
-            "type": "object",
-            "properties": {"city": {"type": "string"}, "days": {"type": "integer"}, "tags": {"type": "array"}},
-            "required": ["city"],
-        }
-    ),
-    "now": ToolSchema({"type": "object", "properties": {}}),
-    "run": ToolSchema({"type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]}),
-}
+TOOLS = {tool["function"]["name"]: ToolSchema(tool["function"]["parameters"]) for tool in replies.TOOLS}
 
 
 @dataclass

@@ -7,6 +7,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.parser.abstract_parser import DelegatingParser
 
 from serving.replies import cut
+from text_cases.replies import function
 from vllm_dsv32.serving.reasoning_parser import Dsv32ReasoningParser
 from vllm_dsv32.serving.tool_parser import Dsv32ToolParser
 
@@ -18,11 +19,6 @@ class Parser(DelegatingParser):
 
     reasoning_parser_cls = Dsv32ReasoningParser
     tool_parser_cls = Dsv32ToolParser
-
-
-def function(name, properties=None, required=(), **keys):
-    parameters = {"type": "object", "properties": properties or {}, "required": list(required)}
-    return {"type": "function", "function": {"name": name, "parameters": parameters, **keys}}
 
 
 WEATHER = function("weather", {"city": {"type": "string"}, "days": {"type": "integer"}}, ["city"])

@@ -4,15 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.replies import block, cut, invoke, parameter
+from serving.replies import cut
 from serving.server import NOW, WEATHER, Answer, Server, request
+from text_cases.histories import block, invoke
+from text_cases.replies import BARE, CITY, ONE, PARIS, REPLIES, START
 
-CITY = parameter("city", "Paris")
-ONE = block(invoke("weather", CITY))
-BARE = invoke("weather", CITY)
-START = "<｜DSML｜function_calls>"
 FRAGMENTS = ["a", "\n\n", "<", "<think>", "</think>", START, "</｜DSML｜", ONE, BARE, ONE[:60]]
-PARIS = ("weather", '{"city": "Paris"}')
 THINKING = {"chat_template_kwargs": {"thinking": True}}
 NAMED = {"type": "function", "function": {"name": "weather"}}
 
@@ -20,6 +17,19 @@ NAMED = {"type": "function", "function": {"name": "weather"}}
 @pytest.fixture
 def server(tokenizer):
     return Server(tokenizer)
+
+
+@pytest.mark.parametrize("reply", REPLIES, ids=lambda reply: reply.name)
+def test_reply(server, reply):
+    keys = {"tool_choice": reply.tool_choice} if reply.tools else {}
+    chat_request = request(tools=reply.tools, **keys, **(THINKING if reply.thinking else {}))
+    content, calls = reply.streamed or (reply.content, reply.calls)
+    streamed = Answer(reply.reasoning, content, calls)
+    assert server.whole(chat_request, reply.text) == Answer(reply.reasoning, reply.content, reply.calls)
+    assert server.stream(chat_request, [reply.text]) == streamed
+    assert server.stream(chat_request, reply.text) == streamed
+    for seed in range(3):
+        assert server.stream(chat_request, cut(reply.text, seed)) == streamed
 
 
 @pytest.mark.parametrize("choice", ["auto", "required", NAMED], ids=str)

@@ -2,136 +2,16 @@ import json
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from serving.replies import CITY, DAYS, TOOLS, Parsed, block, cut, invoke, parameter, stream, whole
+from serving.replies import TOOLS, Parsed, cut, stream, whole
+from text_cases.histories import block, invoke, parameter
+from text_cases.replies import BARE, CITY, COMPLETE, DAYS, END, ONE, PARIS, PROSE, START
 from vllm_dsv32.serving.dsml import DsmlParser
 from vllm_dsv32.serving.encoding import encode_messages
 from vllm_dsv32.serving.schema import ToolSchema
-
-START = "<｜DSML｜function_calls>"
-END = "</｜DSML｜function_calls>"
-PARIS = ("weather", '{"city": "Paris"}')
-ONE = block(invoke("weather", CITY))
-BARE = invoke("weather", CITY)
-
-# Replies all of whose calls close: name, reply, text, calls.
-COMPLETE = {
-    "nothing": ("", "", []),
-    "text": ("Hello,\n\nworld\n", "Hello,\n\nworld\n", []),
-    "blank": (" \n\n", " \n\n", []),
-    "one call": (ONE, "", [PARIS]),
-    "text before": ("Let me see." + ONE, "Let me see.", [PARIS]),
-    "text before, blank lines kept": ("A\n\nB\n" + ONE, "A\n\nB\n", [PARIS]),
-    "no blank line before": ("A" + ONE.strip(), "A", [PARIS]),
-    "blank before": (" \n" + ONE, "", [PARIS]),
-    "text after": (ONE + "\nDone.\n\n", "\nDone.\n\n", [PARIS]),
-    "blank after": ("A" + ONE + "\n\n", "A", [PARIS]),
-    "two calls": (block(invoke("weather", CITY), invoke("now", "")), "", [PARIS, ("now", "{}")]),
-    "two blocks": (f"A{ONE}\n{ONE.strip()}", "A", [PARIS, PARIS]),
-    "text between blocks": (f"A{ONE}\nB{ONE}", "A\nB", [PARIS, PARIS]),
-    "number": (block(invoke("weather", CITY, DAYS)), "", [("weather", '{"city": "Paris", "days": 3}')]),
-    "number first": (block(invoke("weather", DAYS, CITY)), "", [("weather", '{"days": 3, "city": "Paris"}')]),
-    "no space between tags": (ONE.replace("\n", ""), "", [PARIS]),
-    "much space between tags": (ONE.replace("\n", " \n\t\n"), "", [PARIS]),
-    "no string attribute": (ONE.replace(' string="true"', ""), "", [PARIS]),
-    "empty string": (block(invoke("run", parameter("command", ""))), "", [("run", '{"command": ""}')]),
-    "escapes": (
-        block(invoke("run", parameter("command", 'a "b"\\\n\t</b> é 🌍'))),
-        "",
-        [("run", json.dumps({"command": 'a "b"\\\n\t</b> é 🌍'}, ensure_ascii=False))],
-    ),
-    "almost a closing tag in a value": (
-        block(invoke("run", parameter("command", "a</｜DSML｜param</</｜DSML｜invoke>"))),
-        "",
-        [("run", '{"command": "a</｜DSML｜param</</｜DSML｜invoke>"}')],
-    ),
-    "undeclared tool in a block": (block(invoke("other", parameter("x", "y"))), "", [("other", '{"x": "y"}')]),
-    "undeclared parameter": (block(invoke("now", parameter("x", "[1]", "false"))), "", [("now", '{"x": [1]}')]),
-    "parameter with quotes in its name": (
-        block(invoke("now", parameter('a"b', "y"))),
-        "",
-        [("now", '{"a\\"b": "y"}')],
-    ),
-    "one parameter twice": (
-        block(invoke("now", parameter("x", "1"), parameter("x", "2"))),
-        "",
-        [("now", '{"x": "1", "x": "2"}')],
-    ),
-    # A wrapper around all arguments (vllm #41240, sglang #39344).
-    "wrapper": (
-        block(invoke("run", parameter("arguments", '{"command": "ls"}', "false"))),
-        "",
-        [("run", '{"command": "ls"}')],
-    ),
-    "wrapper as a string": (
-        block(invoke("run", parameter("input", '{"command": "ls"}'))),
-        "",
-        [("run", '{"command": "ls"}')],
-    ),
-    "wrapper with company": (
-        block(invoke("run", parameter("input", "x"), parameter("command", "ls"))),
-        "",
-        [("run", '{"input": "x", "command": "ls"}')],
-    ),
-    "wrapper second": (
-        block(invoke("run", parameter("command", "ls"), parameter("input", "x"))),
-        "",
-        [("run", '{"command": "ls", "input": "x"}')],
-    ),
-    # A JSON object in place of parameters.
-    "JSON": (block(invoke("weather", ' {"city": "Paris"}\n')), "", [PARIS]),
-    "JSON with tags in it": (
-        block(invoke("run", '{"command": "<</｜DSML｜inv</｜DSML｜parameter>"}')),
-        "",
-        [("run", '{"command": "<</｜DSML｜inv</｜DSML｜parameter>"}')],
-    ),
-    "JSON, bare": (invoke("weather", '{"city": "Paris"}'), "", [PARIS]),
-    "JSON, wrapped": (block(invoke("weather", '{"arguments": {"city": "Paris"}}')), "", [PARIS]),
-    # Recovery (vllm #48931).
-    "block not closed": (ONE.removesuffix(END), "", [PARIS]),
-    "block not opened": (f"A\n\n{BARE}\n{END}", "A", [PARIS]),
-    "bare": (BARE, "", [PARIS]),
-    "two bare": (f"{BARE}\n{BARE}", "", [PARIS, PARIS]),
-    "misspelt block": (
-        f"<｜DSML｜functioncalls>\n{BARE}\n</｜DSML｜functioncalls>",
-        "<｜DSML｜functioncalls>\n\n</｜DSML｜functioncalls>",
-        [PARIS],
-    ),
-    "text in a block": (f"{START}\n{BARE}\nhm\n{BARE}\n{END}", "\nhm\n", [PARIS, PARIS]),
-    "block opened twice": (f"{START}{ONE}", START, [PARIS]),
-    "a broken call before a good one": (
-        f'{START}\n<｜DSML｜invoke name="weather">\n{BARE}\n{END}',
-        f'{START}\n<｜DSML｜invoke name="weather">\n',
-        [PARIS],
-    ),
-}
-
-# Replies that mention markup without a call: all of it is text.
-PROSE = {
-    "the block's tag": f'Write a "{START}" block.',
-    "the block's tag at the end": f"Write {START}",
-    "both tags": f"{START}{END}",
-    "an empty block": f"{START}\n{END}",
-    "the end tag": f"x {END} y",
-    "an invoke": 'Use <｜DSML｜invoke name="weather"> for it.',
-    "an invoke of nothing": "<｜DSML｜invoke>",
-    "a parameter": parameter("city", "Paris"),
-    "bare, undeclared": invoke("other", CITY),
-    "bare, without the required argument": invoke("weather", DAYS),
-    "bare, not closed": BARE.removesuffix("</｜DSML｜invoke>"),
-    "a name over two lines": 'x <｜DSML｜invoke name="a\nb"> y',
-    "JSON that is no object": f"{START}\n{invoke('weather', '[1]')}\n{END}",
-    "JSON that is broken": f"{START}\n{invoke('weather', '{{1')}\n{END}",
-    "JSON without the required argument": f"{START}\n{invoke('weather', '{}')}\n{END}",
-    "JSON for an undeclared tool": f"{START}\n{invoke('other', '{}')}\n{END}",
-    "JSON, not closed": block(invoke("weather", '{"city": "Paris"}')).partition("</")[0],
-    "a long name": f'<｜DSML｜invoke name="{"x" * 5000}">',
-    "a name with an attribute": f'{START}\n<｜DSML｜invoke name="weather" x="y">\n</｜DSML｜invoke>\n{END}',
-    "V4's block": "<｜DSML｜tool_calls>\n</｜DSML｜tool_calls>",
-    "less than": "1 < 2 <｜ 3 </ 4 <",
-}
+from vllm_dsv32.serving.tokens import PARAMETER_END
 
 
 @pytest.mark.parametrize("name", COMPLETE)
@@ -282,6 +162,8 @@ NAMES = st.text(st.characters(exclude_characters='"<>\n', exclude_categories=["C
     seed=st.integers(0, 1000),
 )
 def test_what_is_rendered_is_parsed_back(text, calls, seed):
+    # The format has no escape for the tag that ends a value.
+    assume(PARAMETER_END not in json.dumps(calls, ensure_ascii=False))
     message = {
         "role": "assistant",
         "content": text,

@@ -7,9 +7,10 @@ from vllm.reasoning.deepseek_v3_reasoning_parser import DeepSeekV3ReasoningParse
 from vllm.tokenizers.hf import get_cached_tokenizer
 from vllm.v1.structured_output import ConstraintBounds, StructuredOutputManager
 
-from serving.histories import HISTORIES
-from serving.replies import CITY, block, cut, invoke
+from serving.replies import cut
 from serving.server import MODEL, NOW, Server, request, template_kwargs
+from text_cases.histories import HISTORIES, block, invoke
+from text_cases.replies import CITY
 from vllm_dsv32.errors import ConfigError
 from vllm_dsv32.serving.encoding import encode_messages
 from vllm_dsv32.serving.reasoning_parser import Dsv32ReasoningParser

@@ -5,7 +5,8 @@ import logging
 
 import pytest
 
-from serving.histories import (
+from serving.server import WEATHER, Answer, Server, request
+from text_cases.histories import (
     ASSISTANT,
     BOS,
     EOS,
@@ -14,13 +15,15 @@ from serving.histories import (
     TOOLS,
     USER,
     assistant,
+    block,
     call,
+    invoke,
+    parameter,
     result,
     system,
     user,
 )
-from serving.replies import block, invoke, parameter
-from serving.server import WEATHER, Answer, Server, function, request
+from text_cases.replies import function
 from vllm_dsv32.serving.encoding import encode_messages
 
 PARIS = ("weather", '{"city": "Paris"}')

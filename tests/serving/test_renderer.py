@@ -1,5 +1,6 @@
 import asyncio
 import copy
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +9,21 @@ from vllm.exceptions import VLLMValidationError
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.renderers.params import ChatParams
 
-from serving.histories import BOS, CHAT, FORMAT, HISTORIES, THINK, TOOLS, USER
 from serving.server import NOW, request
+from text_cases.histories import (
+    BOS,
+    CHAT,
+    FORMAT,
+    HISTORIES,
+    THINK,
+    TOOLS,
+    USER,
+    assistant,
+    call,
+    result,
+    user,
+)
+from vllm_dsv32.serving import messages as messages_module
 from vllm_dsv32.serving.renderer import Dsv32Renderer
 
 MAX_LENGTH = 4096
@@ -85,6 +99,17 @@ def test_billing_line_is_dropped(renderer, content, expected):
         f"{BOS}{expected}{USER}x-an" if "You are\nx" not in expected else f"{BOS}You"
     )
     assert messages == before
+
+
+def test_arguments_are_parsed_once(renderer, monkeypatch):
+    """They are the costly part of a history: parsed again for the conversation, rendering took twice as long."""
+    parsed, loads = [], json.loads
+    monkeypatch.setattr(messages_module.json, "loads", lambda text: parsed.append(text) or loads(text))
+    history = [user("u"), assistant(tool_calls=[call("a", "f", '{"x": 1}')]), result("a", "1")]
+    render_once = ChatParams(chat_template_kwargs={"tokenize": False})
+    conversation, _ = renderer.render_messages(history, render_once)
+    assert parsed == ['{"x": 1}']
+    assert [message["content"] for message in conversation] == ["u", "", "1"]
 
 
 class TestServer:

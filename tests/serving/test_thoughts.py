@@ -4,7 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.replies import CITY, block, cut, invoke
+from serving.replies import cut
+from text_cases.histories import block, invoke
+from text_cases.replies import CITY
 from vllm_dsv32.serving.thoughts import ThoughtSplitter, find_block
 
 BLOCK = block(invoke("weather", CITY))

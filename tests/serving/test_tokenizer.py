@@ -7,7 +7,7 @@ from transformers import TokenizersBackend
 from vllm.tokenizers.hf import maybe_make_thread_pool
 from vllm.tokenizers.protocol import TokenizerLike
 
-from serving.histories import HISTORIES
+from text_cases.histories import HISTORIES
 from vllm_dsv32.errors import MessageError
 from vllm_dsv32.serving import tokens
 from vllm_dsv32.serving.tokenizer import Dsv32Tokenizer

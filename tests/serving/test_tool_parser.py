@@ -12,9 +12,10 @@ from vllm.tool_parsers import ToolParserManager
 from vllm.tool_parsers.tool_strict_level import ToolStrictLevel
 from xgrammar.testing import _is_grammar_accept_string as accepts
 
-from serving.histories import assistant, call, user
-from serving.replies import block, cut, invoke, parameter
-from serving.server import NOW, WEATHER, Parser, Server, function, request
+from serving.replies import cut
+from serving.server import NOW, WEATHER, Parser, Server, request
+from text_cases.histories import assistant, block, call, invoke, parameter, user
+from text_cases.replies import function
 from vllm_dsv32.serving.encoding import encode_messages
 from vllm_dsv32.serving.tool_parser import Dsv32ToolParser
 

@@ -101,6 +101,9 @@ class DsmlParser:
 
     def feed(self, piece: str) -> Delta:
         """Take the next piece of the reply."""
+        if self._call is not None and self._call.is_open and not self._buffer and piece and "<" not in piece:
+            # Inside a streamed value, where most pieces fall: there can be no tag.
+            return Delta(calls=[CallDelta(self._num_calls - 1, arguments=_escape(piece))])
         self._buffer += piece
         while self._state():
             pass
@@ -336,10 +339,11 @@ class DsmlParser:
             call.is_open = True
             self._announce(call)
             self._send(self._argument_start(call, call.parameter) + '"')
-        self._send(to_json(chunk)[1:-1])
+        self._send(_escape(chunk))
 
     def _end_parameter(self, call: _Call) -> None:
         if call.is_open:
+            call.is_open = False
             self._send('"')
             return
         value = read_value("".join(call.value), call.is_string, call.schema.types_of(call.parameter))
@@ -394,9 +398,14 @@ class DsmlParser:
     def _send_unfinished(self, call: _Call, rest: str) -> None:
         """The reply ended inside a value of an announced call."""
         if call.is_open:
-            self._send(to_json(rest)[1:-1])
+            self._send(_escape(rest))
         elif unfinished := "".join(call.value) + rest:
             self._send(self._argument_start(call, call.parameter) + unfinished)
+
+
+def _escape(text: str) -> str:
+    """The inside of a JSON string."""
+    return to_json(text)[1:-1]
 
 
 class _TextOutput:

@@ -9,7 +9,6 @@ assistant's turn, so a system message in between never lands inside that turn.
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from vllm_dsv32.errors import MessageError
@@ -99,8 +98,7 @@ def encode_messages(
             opening = Turn("system", "", tools=request_tools, response_format=response_format)
             prompt.parts.append(_system_part(opening))
         else:
-            turns[0] = replace(
-                turns[0],
+            turns[0] = turns[0]._replace(
                 tools=request_tools or turns[0].tools,
                 response_format=turns[0].response_format if response_format is None else response_format,
             )
@@ -154,18 +152,17 @@ class _Prompt:
             self._open()
         match turn.role:
             case "system":
-                part = _system_part(turn)
+                self._append(index, _system_part(turn))
             case "developer":
-                part = t.USER + _developer_part(turn)
+                self._append(index, t.USER, _developer_part(turn))
                 self._opener = t.ASSISTANT + self._think_token(index)
             case "user":
-                part = t.USER + turn.text
+                self._append(index, t.USER, turn.text)
                 self._opener = t.ASSISTANT + self._think_token(index)
             case "tool":
-                part = self._result_part(index, turn)
+                self._append(index, *self._result_parts(index, turn))
             case _:
-                part = self._assistant_part(index, turn, is_continued)
-        self._append(index, part)
+                self._append(index, *self._assistant_parts(index, turn, is_continued))
 
     def close(self, add_generation_prompt: bool | None) -> None:
         """End the prompt, with an opener if there is to be one."""
@@ -184,12 +181,12 @@ class _Prompt:
     def _think_token(self, index: int) -> str:
         return t.THINK_START if self._thinking and index >= self._last_user else t.THINK_END
 
-    def _append(self, index: int, part: str) -> None:
-        if not is_unicode(part):
+    def _append(self, index: int, *parts: str) -> None:
+        if not all(map(is_unicode, parts)):
             raise error(index, "holds a lone surrogate, which is not valid Unicode text")
-        self.parts.append(part)
+        self.parts.extend(parts)
 
-    def _assistant_part(self, index: int, turn: Turn, is_continued: bool) -> str:
+    def _assistant_parts(self, index: int, turn: Turn, is_continued: bool) -> list[str]:
         parts = []
         if self._thinking and index > self._last_user:
             parts.append(turn.reasoning)
@@ -198,25 +195,27 @@ class _Prompt:
                 parts.append(t.THINK_END)
         parts.append(turn.text)
         if turn.calls:
-            parts.append(_calls_part(turn.calls))
+            parts.extend(_calls_parts(turn.calls))
             self._open_calls = _OpenCalls(index, turn.calls)
         if not is_continued:
             parts.append(t.EOS)
         self._is_thinking = False
-        return "".join(parts)
+        return parts
 
-    def _result_part(self, index: int, turn: Turn) -> str:
+    def _result_parts(self, index: int, turn: Turn) -> list[str]:
         """Take one result; once all calls have theirs, the block of results, in the order of the calls."""
         if self._open_calls is None:
             raise error(index, f"answers tool call {turn.call_id!r}, but no call waits for a result")
         self._open_calls.take(index, turn)
         results = self._open_calls.all_results()
         if results is None:
-            return ""
+            return []
         self._open_calls = None
         self._opener = "\n\n" + self._think_token(index)
-        lines = [f"{t.RESULT_START}{result}{t.RESULT_END}" for result in results]
-        return "\n\n" + "\n".join([t.RESULTS_START, *lines, t.RESULTS_END])
+        parts = ["\n\n", t.RESULTS_START]
+        for result in results:
+            parts += ["\n", t.RESULT_START, result, t.RESULT_END]
+        return [*parts, "\n", t.RESULTS_END]
 
 
 class _OpenCalls:
@@ -298,18 +297,16 @@ def _response_schema(response_format: Any) -> Any:
             return dict(response_format) or None
 
 
-def _calls_part(calls: Sequence[ToolCall]) -> str:
-    return t.CALLS_SEPARATOR + "\n".join([t.CALLS_START, *map(_call_part, calls), t.CALLS_END])
-
-
-def _call_part(call: ToolCall) -> str:
-    parameters = "\n".join(_parameter_part(name, value) for name, value in call.arguments.items())
-    return f'{t.INVOKE_START}{call.name}">\n{parameters}\n{t.INVOKE_END}'
-
-
-def _parameter_part(name: str, value: Any) -> str:
-    is_string, text = ("true", value) if isinstance(value, str) else ("false", _to_json(value))
-    return f'{t.PARAMETER_START}{name}" string="{is_string}">{text}{t.PARAMETER_END}'
+def _calls_parts(calls: Iterable[ToolCall]) -> list[str]:
+    parts = [t.CALLS_SEPARATOR, t.CALLS_START, "\n"]
+    for call in calls:
+        parts += [t.INVOKE_START, call.name, '">\n']
+        for number, (name, value) in enumerate(call.arguments.items()):
+            is_string, text = ("true", value) if isinstance(value, str) else ("false", _to_json(value))
+            start = f'{t.PARAMETER_START}{name}" string="{is_string}">'
+            parts += ["\n" if number else "", start, text, t.PARAMETER_END]
+        parts += ["\n", t.INVOKE_END, "\n"]
+    return [*parts, t.CALLS_END]
 
 
 def _to_json(value: Any) -> str:

@@ -5,8 +5,7 @@ Nothing of the caller's is modified: a turn holds what it reads in new container
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from vllm_dsv32.errors import MessageError
 
@@ -24,8 +23,7 @@ _THINKING_PART: Final = "thinking"
 _PART_SEPARATOR: Final = "\n"
 
 
-@dataclass(frozen=True, slots=True)
-class ToolCall:
+class ToolCall(NamedTuple):
     """One call that the assistant made."""
 
     id: str | None
@@ -33,8 +31,7 @@ class ToolCall:
     arguments: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(NamedTuple):
     """One message, checked. Keys that its role does not have are empty."""
 
     role: str
@@ -54,8 +51,11 @@ def error(index: int, reason: str) -> MessageError:
 
 def is_unicode(text: str) -> bool:
     """Whether the text can be encoded: JSON's escapes can spell half of a surrogate pair."""
+    if text.isascii():
+        return True
     try:
-        text.encode()
+        # Any encoding refuses half of a pair; this one is the fastest at it.
+        text.encode("utf-16-le")
     except UnicodeEncodeError:
         return False
     return True
@@ -100,6 +100,11 @@ def read_message(index: int, message: Mapping[str, Any]) -> Turn:
             )
         case _:
             return Turn(role, text)
+
+
+def read_text(message: Mapping[str, Any]) -> str:
+    """The text of a message that `read_message` accepts, without reading the rest of it."""
+    return _read_content(0, message.get("content"))[0]
 
 
 def read_tools(tools: Iterable[Any] | None, where: str = "tools") -> tuple[Mapping[str, Any], ...]:

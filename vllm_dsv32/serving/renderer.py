@@ -13,7 +13,7 @@ from vllm.renderers.params import ChatParams
 from vllm.utils.async_utils import make_async
 
 from vllm_dsv32.errors import MessageError
-from vllm_dsv32.serving.messages import read_message
+from vllm_dsv32.serving.messages import read_text
 from vllm_dsv32.serving.tokenizer import Dsv32Tokenizer
 
 # Claude Code's first system line. It changes with every request and would spoil the prefix cache, so vLLM's
@@ -57,12 +57,11 @@ class Dsv32Renderer(BaseRenderer[Dsv32Tokenizer]):
         try:
             history = [_without_billing_line(message) for message in messages]
             prompt = self.get_tokenizer().apply_chat_template(history, **kwargs)
-            conversation = [
-                ConversationMessage(role=turn.role, content=turn.text)
-                for turn in (read_message(index, message) for index, message in enumerate(history))
-            ]
         except MessageError as cause:
             raise VLLMValidationError(str(cause), parameter="messages") from cause
+        conversation = [
+            ConversationMessage(role=message["role"], content=read_text(message)) for message in history
+        ]
         return conversation, parse_dec_only_prompt(prompt)
 
 

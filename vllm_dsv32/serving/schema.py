@@ -17,6 +17,8 @@ _WRAPPERS: Final = ("arguments", "input")
 # How many subschemas are read for one parameter: references may form cycles.
 _MAX_SUBSCHEMAS: Final = 256
 _INVALID: Final = object()
+# Made once: `json.dumps` makes an encoder for each call.
+_encode: Final = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class ToolSchema:
@@ -94,7 +96,7 @@ def parse_json(text: str) -> Any:
 
 def to_json(value: Any) -> str:
     """JSON as vLLM writes it, non-ASCII text as it is."""
-    text = json.dumps(value, ensure_ascii=False)
+    text = _encode(value)
     # A lone surrogate has no UTF-8; escaped, it has.
     return text if is_unicode(text) else json.dumps(value)
 

@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm.entrypoints.generate.base.protocol import (
-    DeltaFunctionCall,
     DeltaMessage,
-    DeltaToolCall,
     ExtractedToolCallInformation,
     FunctionCall,
     ToolCall,
@@ -16,7 +14,7 @@ from vllm.tokenizers import TokenizerLike
 from vllm.tool_parsers.abstract_tool_parser import Tool, ToolParser
 from vllm.tool_parsers.utils import get_function_tools
 
-from vllm_dsv32.serving.dsml import Delta, DsmlParser
+from vllm_dsv32.serving.dsml import CallDelta, Delta, DsmlParser
 from vllm_dsv32.serving.schema import ToolSchema
 
 
@@ -102,19 +100,22 @@ def _message(delta: Delta) -> DeltaMessage | None:
     """The message for what a piece settled; None if it settled nothing."""
     if not delta.text and not delta.calls:
         return None
-    message = DeltaMessage()
+    if not delta.calls:
+        return DeltaMessage(content=delta.text)
+    # One validation of it all is cheaper than an object at a time. What is not set is not sent.
+    fields: dict[str, Any] = {"tool_calls": [_call(call) for call in delta.calls]}
     if delta.text:
-        message.content = delta.text
-    if delta.calls:
-        message.tool_calls = [
-            DeltaToolCall(index=call.index, function=DeltaFunctionCall(arguments=call.arguments))
-            if call.name is None
-            else DeltaToolCall(
-                index=call.index,
-                id=make_tool_call_id(),
-                type="function",
-                function=DeltaFunctionCall(name=call.name, arguments=call.arguments),
-            )
-            for call in delta.calls
-        ]
-    return message
+        fields["content"] = delta.text
+    return DeltaMessage.model_validate(fields)
+
+
+def _call(call: CallDelta) -> dict[str, Any]:
+    """OpenAI's form of one call's news."""
+    if call.name is None:
+        return {"index": call.index, "function": {"arguments": call.arguments}}
+    return {
+        "index": call.index,
+        "id": make_tool_call_id(),
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments},
+    }

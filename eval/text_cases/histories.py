@@ -1,7 +1,12 @@
-"""Hand-written chat histories and the exact prompts they must give."""
+"""Hand-written chat histories and the exact prompts they must give; and how to write them.
+
+`HISTORIES` is what tests/serving checks and what `text_differences.py` feeds to both sides.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
+
+Message = dict[str, Any]
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -56,56 +61,58 @@ CITY_JSON = (
 )
 
 
-def system(content):
+def system(content: Any) -> Message:
     return {"role": "system", "content": content}
 
 
-def developer(content, **keys):
+def developer(content: Any, **keys: Any) -> Message:
     return {"role": "developer", "content": content, **keys}
 
 
-def user(content):
+def user(content: Any) -> Message:
     return {"role": "user", "content": content}
 
 
-def assistant(content=None, **keys):
+def assistant(content: Any = None, **keys: Any) -> Message:
     return {"role": "assistant", "content": content, **keys}
 
 
-def call(call_id, name, arguments):
+def call(call_id: str, name: Any, arguments: Any) -> dict[str, Any]:
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def result(call_id, content):
+def result(call_id: str, content: Any) -> Message:
     return {"role": "tool", "tool_call_id": call_id, "content": content}
 
 
-def invoke(name, *parameters):
+def invoke(name: str, *parameters: str) -> str:
     return f'<｜DSML｜invoke name="{name}">\n' + "\n".join(parameters) + "\n</｜DSML｜invoke>"
 
 
-def parameter(name, value, string="true"):
+def parameter(name: str, value: str, string: str = "true") -> str:
     return f'<｜DSML｜parameter name="{name}" string="{string}">{value}</｜DSML｜parameter>'
 
 
-def block(*invokes):
+def block(*invokes: str) -> str:
     return f"\n\n{CALLS}" + "\n".join(invokes) + END_CALLS
 
 
-def results(*values):
+def results(*values: str) -> str:
     lines = "".join(f"\n<result>{value}</result>" for value in values)
     return f"\n\n<function_results>{lines}\n</function_results>"
 
 
 @dataclass
 class History:
+    """What `encode_messages(messages, **options)` must return."""
+
     name: str
-    messages: list[dict[str, Any]]
+    messages: list[Message]
     prompt: str
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def _with_arguments(name, arguments, *parameters):
+def _with_arguments(name: str, arguments: Any, *parameters: str) -> History:
     return History(
         f"arguments: {name}",
         [user("go"), assistant(tool_calls=[call("1", "f", arguments)])],

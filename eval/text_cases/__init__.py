@@ -1,0 +1,1 @@
+"""Chat histories and model replies with hand-written expected values, for tests/serving and for eval/."""
