@@ -21,8 +21,8 @@ check "ruff check" "$BIN/ruff" check .
 check "ruff format" "$BIN/ruff" format --check .
 check "shellcheck" "$BIN/shellcheck" recipes/*.sh tests/run.sh .ci/run
 check "mypy" "$BIN/mypy"
-# Two processes for two cores; a file stays together, because its tests share servers and engines.
-check "pytest" "$BIN/pytest" -n 2 --dist loadfile "$@"
+# Three processes keep two cores busy while servers start. A file stays together: its tests share servers and engines.
+check "pytest" "$BIN/pytest" -n 3 --dist loadfile "$@"
 
 if ((${#failed[@]})); then
     printf 'FAILED: %s\n' "${failed[@]}" >&2

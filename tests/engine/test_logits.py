@@ -10,8 +10,9 @@ from engine.oracle import load_oracle
 CONTEXTS = (TOPK - 1, TOPK, TOPK + 1, 4 * TOPK, 7)
 
 
-@pytest.mark.parametrize("cache", ["auto", "fp8"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "cache"), [*((shape, "auto") for shape in SHAPES), ("experts, YaRN", "fp8"), ("other widths", "fp8")]
+)
 def test_whole_prefill_and_decode(shape, cache):
     """Prompts around top-k in one batch, each decoded across the boundary or past it."""
     path = checkpoint(shape)
@@ -29,8 +30,7 @@ def test_chunked_prefill_beside_decode(cache):
     assert_close(load_oracle(path, fp8_latent=cache == "fp8"), completions, cache)
 
 
-@pytest.mark.parametrize("block_size", [16, 64, 128])
-@pytest.mark.parametrize("cache", ["auto", "fp8"])
+@pytest.mark.parametrize(("cache", "block_size"), [("auto", 16), ("auto", 64), ("auto", 128), ("fp8", 64)])
 def test_prefix_cache_hit(cache, block_size):
     """The second round reads both caches' pages that the first one wrote."""
     path = checkpoint("experts, YaRN")

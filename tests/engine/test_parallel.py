@@ -28,9 +28,3 @@ def test_pipeline_parallel(plain, monkeypatch):
     # On the CPU vLLM allocates the buffers between stages in a warm-up that it leaves out for breakable graphs.
     monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "0")
     assert generated(pipeline_parallel_size=2, enforce_eager=False) == plain
-
-
-def test_tensor_parallel_over_an_fp8_cache_with_drafts(plain):
-    drafts = {"method": "mtp", "num_speculative_tokens": 1}
-    with_drafts = generated(tensor_parallel_size=2, kv_cache_dtype="fp8", speculative_config=drafts)
-    assert with_drafts == generated(kv_cache_dtype="fp8")
