@@ -113,6 +113,11 @@ def verify_vllm_config(vllm_config: "VllmConfig") -> None:
                 f"{name}={size} is not served: the indexer's top-k would have to be merged over ranks. "
                 "Use tensor, pipeline, data or expert parallelism."
             )
+    if vllm_config.kv_transfer_config is not None:
+        raise ConfigError(
+            "--kv-transfer-config is not served: connectors that move the cache layer by layer would not be waited "
+            "for, and attention would read pages that have not arrived. Drop the flag."
+        )
     backend = vllm_config.attention_config.backend
     if backend is not None:
         raise ConfigError(

@@ -16,8 +16,6 @@ from vllm_dsv32.tools.tiny_tokenizer import EOS_TOKEN
 __all__ = ["Batch", "batches", "make_batch", "tokenise"]
 
 TOKENS_PER_BATCH = 16_384
-LONGEST = 4096
-"""Tokens of a training sequence; its positions may leave gaps and reach further."""
 FURTHEST_POSITION = 18_000
 
 

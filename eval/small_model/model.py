@@ -4,7 +4,6 @@ Parameters carry the names of the published checkpoint (under ``model.``), so wh
 Attention is written out, not absorbed: the training needs its probabilities for the indexer's loss.
 """
 
-import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -340,8 +339,3 @@ def _run(
     if mode is Mode.DENSE or not torch.is_grad_enabled():
         return layer(x, cos, sin, mode)
     return checkpoint(layer, x, cos, sin, mode, use_reentrant=False)
-
-
-def num_parameters(model: nn.Module) -> int:
-    """Of everything that a checkpoint holds."""
-    return sum(math.prod(tensor.shape) for tensor in model.state_dict().values())

@@ -41,6 +41,10 @@ def engine_config(path: Path, **options):
         ),
         ({"attention_backend": "TRITON_MLA"}, "--attention-backend TRITON_MLA is not served.*Drop the flag"),
         ({"dtype": "float16"}, "overflow float16"),
+        (
+            {"kv_transfer_config": {"kv_connector": "NixlConnector", "kv_role": "kv_both"}},
+            "--kv-transfer-config is not served.*Drop the flag",
+        ),
         ({"additional_config": {"vllm_dsv32": {"kernel": {}}}}, 'expected {"kernels": {...}}, got'),
         ({"additional_config": {"vllm_dsv32": {"kernels": ["triton"]}}}, "a map from operation to the name"),
         (
