@@ -15,8 +15,10 @@ from vllm_dsv32.tools.tiny_tokenizer import EOS_TOKEN
 
 __all__ = ["Batch", "batches", "make_batch", "tokenise"]
 
-TOKENS_PER_BATCH = 16_384
 FURTHEST_POSITION = 18_000
+MIX = {"needle": 0.4, "tools": 0.2, "arithmetic": 0.25, "repeat": 0.15}
+LENGTHS = {"tools": 768, "arithmetic": 96, "repeat": 256}
+SHARE_WITH_GAPS = {"needle": 0.7, "repeat": 0.3}
 
 
 @dataclass
@@ -51,16 +53,10 @@ def tokenise(tokenizer: Tokenizer, chat: Chat) -> tuple[list[int], list[bool]]:
 
 
 def make_batch(
-    tokenizer: Tokenizer,
-    source: random.Random,
-    task: str,
-    length: int,
-    split: str = "train",
-    rows: int | None = None,
+    tokenizer: Tokenizer, source: random.Random, task: str, length: int, rows: int, split: str = "train"
 ) -> Batch:
     """A batch of ``rows`` chats of one task, at most ``length`` tokens each."""
-    rows = rows or max(1, TOKENS_PER_BATCH // length)
-    make = _maker(tokenizer, source, task, length, split)
+    make = _maker(source, task, length, split)
     ids, spoken = np.full((rows, length), 2, dtype=np.int64), np.zeros((rows, length), dtype=bool)
     positions = np.tile(np.arange(length, dtype=np.int64), (rows, 1))
     for row in range(rows):
@@ -69,12 +65,12 @@ def make_batch(
             if len(row_ids) <= length:
                 break
         ids[row, : len(row_ids)], spoken[row, : len(row_ids)] = row_ids, row_spoken
-        if split == "train" and source.random() < _SHARE_WITH_GAPS.get(task, 0.0):
+        if split == "train" and source.random() < SHARE_WITH_GAPS.get(task, 0.0):
             positions[row] += _gaps(source, length)
     return Batch(task, ids, positions, spoken)
 
 
-def _maker(tokenizer: Tokenizer, source: random.Random, task: str, length: int, split: str) -> Callable[[], Chat]:
+def _maker(source: random.Random, task: str, length: int, split: str) -> Callable[[], Chat]:
     if task == "tools":
         return lambda: tool_loop(source, split)
     if task == "arithmetic":
@@ -86,45 +82,58 @@ def _maker(tokenizer: Tokenizer, source: random.Random, task: str, length: int, 
         # A word is a token here, nearly; exact counts are not needed.
         return line.count(" ") + 3 + 6 * line.startswith("The code")
 
-    num_questions = max(1, min(12, length // 220)) if split == "train" else 1
-    room = length - 60 - 75 * num_questions
-    return lambda: needle(
-        source, split, room if split == "test" else int(room * source.uniform(0.5, 1)), count, num_questions
-    )
+    def make() -> Chat:
+        if split == "test":
+            return needle(source, split, length - 135, count)
+        # Many questions teach most, few leave most of the text to what has nothing to do with them.
+        most = max(1, min(12, length // 220))
+        num_questions = source.choice((1, source.randint(1, most), most))
+        room = length - 60 - 75 * num_questions
+        return needle(source, split, int(room * source.uniform(0.5, 1)), count, num_questions)
+
+    return make
 
 
 def _gaps(source: random.Random, length: int) -> np.ndarray:
     """Non-decreasing shifts: the text stands in pieces, far apart, in a longer one that is not there."""
     shifts = np.zeros(length, dtype=np.int64)
-    room = FURTHEST_POSITION - length
-    cuts = sorted(source.randrange(1, length) for _ in range(source.randrange(1, 6)))
-    for cut in cuts:
-        shift = source.randrange(0, max(1, room // len(cuts)))
-        shifts[cut:] += shift
+    # The larger of two, because what is asked of the longest texts is asked at their far end.
+    total = int((FURTHEST_POSITION - length) * max(source.random(), source.random()))
+    cuts = sorted(source.randrange(1, length) for _ in range(source.randint(1, 5)))
+    sizes = sorted(source.randint(0, total) for _ in cuts[1:])
+    for cut, shift in zip(cuts, [*sizes, total], strict=True):
+        shifts[cut:] = shift
     return shifts
 
 
-MIX = {"needle": 0.45, "tools": 0.2, "arithmetic": 0.2, "repeat": 0.15}
-LENGTHS = {"tools": 768, "arithmetic": 96, "repeat": 256}
-_SHARE_WITH_GAPS = {"needle": 0.6, "repeat": 0.3}
+def batches(
+    path: str, seed: int, lengths: Callable[[int], tuple[int, ...]], tokens: int, first_step: int, workers: int
+) -> Iterator[Batch]:
+    """Training batches without end.
 
+    A batch depends on the seed and its step alone, however many processes make them and wherever they begin.
 
-def _work(path: str, seed: int, lengths: tuple[int, ...], queue: multiprocessing.Queue) -> None:
-    tokenizer, source = Tokenizer.from_file(path), random.Random(seed)
-    while True:
-        task = source.choices(list(MIX), list(MIX.values()))[0]
-        queue.put(make_batch(tokenizer, source, task, LENGTHS.get(task) or source.choice(lengths)))
-
-
-def batches(path: str, seed: int, lengths: tuple[int, ...], workers: int) -> Iterator[Batch]:
-    """Training batches without end; needle texts of the given lengths.
-
-    Each worker's stream depends on the seed alone, and batches are taken from the workers in turn.
+    Args:
+        path: of the tokenizer.
+        seed: of the whole training.
+        lengths: of needle texts, by step.
+        tokens: of a batch.
+        first_step: where to begin.
+        workers: processes.
     """
+
+    def work(first: int, queue: multiprocessing.Queue) -> None:
+        tokenizer = Tokenizer.from_file(path)
+        for step in itertools.count(first, workers):
+            source = random.Random(f"{seed} {step}")
+            task = source.choices(list(MIX), list(MIX.values()))[0]
+            length = LENGTHS.get(task) or source.choice(lengths(step))
+            queue.put(make_batch(tokenizer, source, task, length, max(1, tokens // length)))
+
     context = multiprocessing.get_context("fork")
     queues = [context.Queue(maxsize=6) for _ in range(workers)]
     processes = [
-        context.Process(target=_work, args=(path, seed * 1000 + index, lengths, queue), daemon=True)
+        context.Process(target=work, args=(first_step + index, queue), daemon=True)
         for index, queue in enumerate(queues)
     ]
     for process in processes:

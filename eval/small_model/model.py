@@ -4,6 +4,7 @@ Parameters carry the names of the published checkpoint (under ``model.``), so wh
 Attention is written out, not absorbed: the training needs its probabilities for the indexer's loss.
 """
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 __all__ = ["Losses", "Mode", "SmallModel"]
 
@@ -37,7 +37,8 @@ class Losses:
     indexer: torch.Tensor
     """KL divergence of the indexer's distribution from attention's, mean over layers and tokens."""
     recall: torch.Tensor
-    """Share of the dense attention's mass inside the selection, mean over layers and tokens past top-k."""
+    """Share of the dense attention's mass inside the selection, mean over layers and tokens past top-k (of which
+    a short text has none: 0)."""
 
 
 class RMSNorm(nn.Module):
@@ -51,11 +52,25 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), 1e-6).to(x.dtype)
 
 
-def cos_sin(positions: torch.Tensor, dim: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """``[B, T]`` to two of float32 ``[B, T, dim / 2]``."""
-    frequencies = base ** (-torch.arange(0, dim, 2, device=positions.device).double() / dim)
-    angles = positions.double().unsqueeze(-1) * frequencies
-    return angles.cos().float(), angles.sin().float()
+def frequencies(c: dict[str, Any]) -> torch.Tensor:
+    """Radians a position, float64 ``[qk_rope_head_dim / 2]``, under YaRN: the slow ones slowed further."""
+    dim, base, yarn = c["qk_rope_head_dim"], c["rope_theta"], c["rope_scaling"]
+
+    def pair_that_turns(times: float) -> float:
+        span = yarn["original_max_position_embeddings"] / (times * 2 * math.pi)
+        return dim * math.log(span) / (2 * math.log(base))
+
+    plain = base ** (-torch.arange(0, dim, 2).double() / dim)
+    first = max(math.floor(pair_that_turns(yarn["beta_fast"])), 0)
+    last = min(math.ceil(pair_that_turns(yarn["beta_slow"])), dim - 1)
+    slowed = ((torch.arange(dim // 2).double() - first) / (last - first)).clamp(0, 1)
+    return plain * (1 - slowed) + plain / yarn["factor"] * slowed
+
+
+def softmax_scale(c: dict[str, Any]) -> float:
+    """Of the main attention, with YaRN's temperature."""
+    temperature = 0.1 * c["rope_scaling"]["mscale_all_dim"] * math.log(c["rope_scaling"]["factor"]) + 1
+    return (c["qk_nope_head_dim"] + c["qk_rope_head_dim"]) ** -0.5 * temperature**2
 
 
 def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -103,12 +118,17 @@ class Indexer(nn.Module):
         return scores
 
 
+_FAST_TURN = 0.03
+"""Radians a position from which on a rotary pair tells neighbours apart."""
+_LOOK_BACK_STRENGTH = 3.0
+
+
 class Attention(nn.Module):
     """Multi-head latent attention with the indexer beside it."""
 
     def __init__(self, c: dict[str, Any]) -> None:
         super().__init__()
-        self.heads, self.topk = c["num_attention_heads"], c["index_topk"]
+        self.heads, self.topk, self.scale = c["num_attention_heads"], c["index_topk"], softmax_scale(c)
         self.nope, self.rope, self.v = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
         hidden, q_rank, kv_rank = c["hidden_size"], c["q_lora_rank"], c["kv_lora_rank"]
         self.kv_rank = kv_rank
@@ -121,6 +141,29 @@ class Attention(nn.Module):
         self.o_proj = linear(self.heads * self.v, hidden)
         nn.init.normal_(self.o_proj.weight, std=(self.heads * self.v * 2 * c["num_hidden_layers"]) ** -0.5)
         self.indexer = Indexer(c)
+
+    @torch.no_grad()
+    def look_back(self, shared: torch.Tensor, turns: torch.Tensor) -> None:
+        """Begin with head ``h`` on the token ``h + 1`` before its own: what copying is learned from.
+
+        Left to chance, this pattern takes a third of the training to appear.
+
+        Args:
+            shared: ``[hidden]``, a direction that half of every input's length lies in.
+            turns: radians a position, of the rotary pairs.
+        """
+        length_in = (len(shared) / 2) ** 0.5
+        direction = shared / shared.norm()
+        fast = turns > _FAST_TURN
+        key = torch.stack((fast.float(), torch.zeros(len(turns))), dim=-1).flatten() * _LOOK_BACK_STRENGTH
+        self.kv_a_proj_with_mqa.weight[self.kv_rank :] += torch.outer(key, direction) / length_in
+        constant = self.q_a_proj.weight @ direction
+        constant = constant / constant.norm()
+        rows = self.q_b_proj.weight.view(self.heads, self.nope + self.rope, -1)
+        for head in range(self.heads):
+            angles = -(head + 1) * turns.float()
+            query = rotate_pairs(key, angles.cos(), angles.sin())
+            rows[head, self.nope :] += torch.outer(query, constant) / (len(constant) / 2) ** 0.5
 
     def forward(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mode: Mode
@@ -140,23 +183,22 @@ class Attention(nn.Module):
         k_pe = rotate_pairs(k_pe, cos, sin).unsqueeze(1).expand(-1, self.heads, -1, -1)
         q = torch.cat((q[..., : self.nope], q_pe), dim=-1)
         k = torch.cat((k_nope, k_pe), dim=-1)
-        scale = (self.nope + self.rope) ** -0.5
         zero = x.new_zeros((), dtype=torch.float32)
         if mode is Mode.DENSE:
             # One kernel wants one width.
             wide_v = F.pad(v, (0, q.shape[-1] - self.v))
-            out = F.scaled_dot_product_attention(q, k, wide_v, is_causal=True, scale=scale)[..., : self.v]
+            out = F.scaled_dot_product_attention(q, k, wide_v, is_causal=True, scale=self.scale)[..., : self.v]
             return self.o_proj(out.transpose(1, 2).flatten(2)), zero, zero
         causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
         index_scores = self.indexer(x, q_c, cos, sin).masked_fill(~causal, -torch.inf)
-        k_count = min(self.topk, length)
-        threshold = index_scores.detach().topk(k_count, dim=-1).values[..., -1:]
+        threshold = index_scores.detach().topk(min(self.topk, length), dim=-1).values[..., -1:]
         selected = (index_scores.detach() >= threshold) & causal
-        scores = (q @ k.transpose(2, 3)).float() * scale
+        scores = (q @ k.transpose(2, 3)).float() * self.scale
         dense = scores.masked_fill(~causal, -torch.inf).softmax(-1)
         with torch.no_grad():
             target = dense.mean(1)
-            recall = (target * selected).sum(-1)[:, self.topk :].mean() if length > self.topk else zero + 1
+            selects = torch.arange(length, device=x.device) >= self.topk
+            recall = ((target * selected).sum(-1) * selects).mean() / selects.float().mean().clamp(min=1e-9)
         if mode is Mode.SPARSE:
             index_scores = index_scores.masked_fill(~selected, -torch.inf)
             target = target * selected
@@ -257,12 +299,12 @@ class Inner(nn.Module):
         # A direction that all tokens share: without biases, attention by position alone needs one, and copying
         # begins with attention to the token before.
         scale = c["hidden_size"] ** -0.5
+        shared = torch.randn(c["hidden_size"]) * scale
         with torch.no_grad():
-            self.embed_tokens.weight.copy_(
-                torch.randn(c["vocab_size"], c["hidden_size"]) * scale + torch.randn(c["hidden_size"]) * scale
-            )
+            self.embed_tokens.weight.copy_(torch.randn(c["vocab_size"], c["hidden_size"]) * scale + shared)
         num_layers = c["num_hidden_layers"]
         self.layers = nn.ModuleList(DecoderLayer(c, layer) for layer in range(num_layers + 1))
+        self.layers[0].self_attn.look_back(shared, frequencies(c))
         draft, hidden = self.layers[num_layers], c["hidden_size"]
         draft.enorm, draft.hnorm = RMSNorm(hidden), RMSNorm(hidden)
         draft.eh_proj = linear(2 * hidden, hidden)
@@ -277,65 +319,51 @@ class SmallModel(nn.Module):
         """Args: config: with the keys of the published config.json."""
         super().__init__()
         self.config = config
+        self.register_buffer("turns", frequencies(config), persistent=False)
         self.model = Inner(config)
         self.lm_head = linear(config["hidden_size"], config["vocab_size"])
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, mode: Mode) -> tuple[torch.Tensor, Losses]:
         """Final hidden states ``[B, T, hidden]`` and the indexer's losses (the others are zero)."""
         c = self.config
-        cos, sin = cos_sin(positions, c["qk_rope_head_dim"], c["rope_theta"])
+        cos, sin = self._cos_sin(positions)
         x = self.model.embed_tokens(ids)
         divergences, recalls = [], []
         for layer in self.model.layers[: c["num_hidden_layers"]]:
-            x, divergence, recall = _run(layer, x, cos, sin, mode)
+            x, divergence, recall = layer(x, cos, sin, mode)
             divergences.append(divergence)
             recalls.append(recall)
         hidden = self.model.norm(x)
         zero = x.new_zeros((), dtype=torch.float32)
         return hidden, Losses(zero, zero, torch.stack(divergences).mean(), torch.stack(recalls).mean())
 
-    def losses(
-        self,
-        ids: torch.Tensor,
-        positions: torch.Tensor,
-        spoken_at: torch.Tensor,
-        num_spoken: torch.Tensor,
-        mode: Mode,
-    ) -> Losses:
+    def losses(self, ids: torch.Tensor, positions: torch.Tensor, spoken: torch.Tensor, mode: Mode) -> Losses:
         """All losses of a batch.
 
         Args:
             ids: ``[B, T]``.
             positions: ``[B, T]``, ascending, not necessarily without gaps.
-            spoken_at: int64 ``[N, 2]``: row and column of the tokens that the assistant says, which is what
-                is learned; columns from 2 on.
-            num_spoken: int64 ``[1]``: how many of them count; the rest is padding.
+            spoken: bool ``[B, T]``: the tokens that the assistant says, which is what is learned.
             mode: the stage.
         """
         hidden, losses = self(ids, positions, mode)
-        row, column = spoken_at.unbind(1)
-        targets = ids[row, column]
-        targets = targets.masked_fill(torch.arange(len(targets), device=ids.device) >= num_spoken, -100)
-        losses.language = self._cross_entropy(hidden[row, column - 1], targets)
-        c = self.config
-        layer = self.model.layers[c["num_hidden_layers"]]
-        embedded = self.model.embed_tokens(ids[:, 1:])
-        joined = torch.cat((layer.enorm(embedded), layer.hnorm(hidden[:, :-1].detach())), dim=-1)
-        cos, sin = cos_sin(positions[:, :-1], c["qk_rope_head_dim"], c["rope_theta"])
-        drafted, divergence, _ = _run(layer, layer.eh_proj(joined), cos, sin, mode)
-        drafted = layer.shared_head["norm"](drafted)
-        losses.draft = self._cross_entropy(drafted[row, column - 2], targets)
-        losses.indexer = (losses.indexer * c["num_hidden_layers"] + divergence) / (c["num_hidden_layers"] + 1)
+        targets = ids.masked_fill(~spoken, -100)
+        losses.language = self._cross_entropy(hidden[:, :-1], targets[:, 1:])
+        num_layers = self.config["num_hidden_layers"]
+        layer = self.model.layers[num_layers]
+        # The last token has none to join; what comes of it is not asked for.
+        embedded = self.model.embed_tokens(ids.roll(-1, dims=1))
+        joined = torch.cat((layer.enorm(embedded), layer.hnorm(hidden.detach())), dim=-1)
+        drafted, divergence, _ = layer(layer.eh_proj(joined), *self._cos_sin(positions), mode)
+        losses.draft = self._cross_entropy(layer.shared_head["norm"](drafted)[:, :-2], targets[:, 2:])
+        losses.indexer = (losses.indexer * num_layers + divergence) / (num_layers + 1)
         return losses
 
+    def _cos_sin(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[B, T]`` to two of float32 ``[B, T, qk_rope_head_dim / 2]``."""
+        angles = positions.double().unsqueeze(-1) * self.turns
+        return angles.cos().float(), angles.sin().float()
+
     def _cross_entropy(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(self.lm_head(hidden).float(), targets)
+        return F.cross_entropy(self.lm_head(hidden).float().flatten(0, 1), targets.flatten())
 
-
-def _run(
-    layer: nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mode: Mode
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A layer; where attention is written out, its activations are too large to keep."""
-    if mode is Mode.DENSE or not torch.is_grad_enabled():
-        return layer(x, cos, sin, mode)
-    return checkpoint(layer, x, cos, sin, mode, use_reentrant=False)

@@ -6,6 +6,7 @@ cities, the dates, the numbers, the keys and where they stand.
 
 import datetime
 import random
+import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -151,10 +152,14 @@ def _city(source: random.Random, split: Split) -> str:
     if split == "test" and source.random() < 0.5:
         return source.choice(_CITIES_TEST)
     while True:
-        syllables = source.choice((1, 2, 2, 3))
-        name = "".join(
-            source.choice(_ONSETS) + source.choice(_VOWELS) + source.choice(_CODAS) for _ in range(syllables)
-        ).capitalize()
+        if source.random() < 0.5:
+            syllables = source.choice((1, 2, 2, 3))
+            name = "".join(
+                source.choice(_ONSETS) + source.choice(_VOWELS) + source.choice(_CODAS) for _ in range(syllables)
+            ).capitalize()
+        else:
+            # Any letters, since real names are not made of these syllables.
+            name = "".join(source.choices(string.ascii_lowercase, k=source.randrange(3, 11))).capitalize()
         # A quarter of all made-up names is kept out of training, by a property that means nothing.
         held_out = sum(map(ord, name)) % 4 == 0
         if name not in _CITIES_TEST and held_out == (split == "test"):
@@ -168,10 +173,10 @@ def _date(source: random.Random, split: Split) -> datetime.date:
             return date
 
 
-def tool_loop(source: random.Random, split: Split = "train") -> Chat:
+def tool_loop(source: random.Random, split: Split = "train", city: str | None = None) -> Chat:
     """get_date, then get_weather for a day relative to it, then the answer; with and without thinking."""
     thinking = source.random() < 0.5
-    city, today = _city(source, split), _date(source, split)
+    city, today = _city(source, split) if city is None else city, _date(source, split)
     question, days = source.choice(_QUESTIONS)
     day = today + datetime.timedelta(days=days)
     low = source.randrange(-9, 30)

@@ -40,9 +40,11 @@ def reference(
     for begin in range(0, num_tokens, step):
         rows = slice(begin, begin + step)
         valid = torch.arange(widest, device=q.device) < num_valid[rows].unsqueeze(-1)
-        latent = gather_latent(cache, topk_slot[rows, :widest].masked_fill(~valid, 0))
-        # A row that is not valid may hold anything, NaN included: zero times NaN is not zero.
-        latent = latent.masked_fill(~valid.unsqueeze(-1), 0.0)
+        # Tokens share most of their slots: each is dequantised once. What is not valid may name any row, and a
+        # row may hold anything, NaN included; zero times NaN is not zero.
+        slots, inverse = topk_slot[rows, :widest].masked_fill(~valid, -1).unique(return_inverse=True)
+        distinct = gather_latent(cache, slots.clamp(min=0)).masked_fill((slots < 0).unsqueeze(-1), 0.0)
+        latent = distinct[inverse]
         scores = torch.einsum("tnd,tkd->tnk", q[rows].float(), latent) * scale
         scores = scores.masked_fill(~valid.unsqueeze(1), -torch.inf)
         lse[rows] = torch.logsumexp(scores, dim=-1)

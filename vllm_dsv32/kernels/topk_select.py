@@ -17,14 +17,21 @@ def reference(logits: torch.Tensor, num_keys: torch.Tensor, topk_pos: torch.Tens
         num_keys: int32 ``[T]``, at most L.
         topk_pos: int32 ``[T, K]``, overwritten.
     """
-    k = topk_pos.shape[1]
-    position = torch.arange(logits.shape[1], device=logits.device)
-    visible = position < num_keys.unsqueeze(-1)
-    ranked = torch.where(visible & ~logits.isnan(), logits, -torch.inf)
-    # Stable on (visible, logit) descending: two stable sorts, the less significant key first.
-    by_logit = ranked.sort(dim=-1, descending=True, stable=True).indices
-    by_visible = visible.gather(1, by_logit).long().sort(dim=-1, descending=True, stable=True).indices
-    best = by_logit.gather(1, by_visible)[:, :k]
-    chosen = torch.where(visible.gather(1, best), best, logits.shape[1]).sort(dim=-1).values
+    num_rows, length = logits.shape
+    k = min(topk_pos.shape[1], length)
     topk_pos.fill_(-1)
-    topk_pos[:, : chosen.shape[1]] = torch.where(chosen < logits.shape[1], chosen, -1).to(topk_pos.dtype)
+    if num_rows == 0 or k == 0:
+        return
+    visible = torch.arange(length, device=logits.device) < num_keys.unsqueeze(-1)
+    ranked = torch.where(visible & ~logits.isnan(), logits, -torch.inf)
+    lowest = ranked.topk(k, dim=-1).values[:, -1:]
+    chosen = ranked > lowest
+    tied = (ranked == lowest) & visible
+    room = k - chosen.sum(-1, keepdim=True)
+    crowded = (tied.sum(-1, keepdim=True) > room).squeeze(-1)
+    tied[crowded] &= tied[crowded].cumsum(-1, dtype=torch.int32) <= room[crowded]
+    chosen |= tied
+    row, position = chosen.nonzero(as_tuple=True)
+    num_chosen = chosen.sum(-1)
+    rank = torch.arange(len(row), device=row.device) - (num_chosen.cumsum(0) - num_chosen)[row]
+    topk_pos[row, rank] = position.to(topk_pos.dtype)
