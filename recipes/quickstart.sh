@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a served DeepSeek-V3.2 on a CPU: makes the environment and a tiny random-weight checkpoint,
-# starts `vllm serve`, asks it one question that calls for a tool, prints what streams back, and stops.
+# From nothing to a served DeepSeek-V3.2 on a CPU: makes the environment, starts `vllm serve` with the small
+# trained model of eval/small_model, has it call tools, reason and find a needle, prints what streams back, stops.
 #
 #   bash recipes/quickstart.sh [--keep] [--port N]
 #
@@ -11,7 +11,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-readonly MODEL_NAME=tiny-dsv32
+readonly MODEL=eval/small_model/checkpoint MODEL_NAME=small-dsv32
 keep=false port=
 while (($#)); do
     case $1 in
@@ -58,7 +58,7 @@ finish() {
             echo "---- the last lines of $log" >&2
             tail -n 30 "$log" >&2
         fi
-        echo "quickstart: failed; the log and the checkpoint are kept in $work" >&2
+        echo "quickstart: failed; the log is kept in $work" >&2
     else
         rm -rf "$work"
     fi
@@ -68,15 +68,13 @@ trap finish EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-"$BIN/vllm-dsv32" make-checkpoint "$work/model"
-
 if [[ -z $port ]]; then
     port=$("$BIN/python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 fi
 serve=(
-    "$BIN/vllm" serve "$work/model" --served-model-name "$MODEL_NAME" --host 127.0.0.1 --port "$port"
+    "$BIN/vllm" serve "$PWD/$MODEL" --served-model-name "$MODEL_NAME" --host 127.0.0.1 --port "$port"
     --tokenizer-mode deepseek_v32 --tool-call-parser deepseek_v32 --enable-auto-tool-choice
-    --reasoning-parser deepseek_v3 --dtype bfloat16 --max-model-len 8192 --max-num-seqs 4
+    --reasoning-parser deepseek_v3 --dtype float32 --max-model-len 17408 --max-num-seqs 4
 )
 echo "Starting: vllm serve ${serve[*]:2}"
 echo "Log: $log"
@@ -107,14 +105,12 @@ until healthy; do
 done
 echo "Ready after $((SECONDS - start)) s on http://127.0.0.1:$port"
 echo
-"$BIN/python" recipes/ask.py --base-url "http://127.0.0.1:$port/v1" --model "$MODEL_NAME"
-echo
-echo "The weights are random, so the words mean nothing: that a tool call came through is the news."
+PYTHONPATH=eval "$BIN/python" -m small_model.demo --base-url "http://127.0.0.1:$port/v1"
 
 if $keep; then
     trap - EXIT INT TERM
     disown "$server"
-    echo "Serving on http://127.0.0.1:$port/v1 as $MODEL_NAME; log and checkpoint in $work."
+    echo "Serving on http://127.0.0.1:$port/v1 as $MODEL_NAME; log in $work."
     echo "Stop it with: kill $server"
 else
     stop_server

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
-from small_model.tasks import Chat, arithmetic, needle, repeat, tool_loop
+from small_model.tasks import Chat, about_tokens, arithmetic, needle, repeat, tool_loop
 from vllm_dsv32.serving.encoding import encode_messages
 from vllm_dsv32.tools.tiny_tokenizer import EOS_TOKEN
 
@@ -78,18 +78,14 @@ def _maker(source: random.Random, task: str, length: int, split: str) -> Callabl
     if task == "repeat":
         return lambda: repeat(source, source.randrange(4, length // 6))
 
-    def count(line: str) -> int:
-        # A word is a token here, nearly; exact counts are not needed.
-        return line.count(" ") + 3 + 6 * line.startswith("The code")
-
     def make() -> Chat:
         if split == "test":
-            return needle(source, split, length - 135, count)
+            return needle(source, split, length - 135, about_tokens)
         # Many questions teach most, few leave most of the text to what has nothing to do with them.
         most = max(1, min(12, length // 220))
         num_questions = source.choice((1, source.randint(1, most), most))
         room = length - 60 - 75 * num_questions
-        return needle(source, split, int(room * source.uniform(0.5, 1)), count, num_questions)
+        return needle(source, split, int(room * source.uniform(0.5, 1)), about_tokens, num_questions)
 
     return make
 

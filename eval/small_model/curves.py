@@ -27,7 +27,9 @@ def plot(log: Path, out: Path) -> None:
     )
     # Of the other tasks hardly a text is longer than the selection.
     recalls = [entry for entry in losses if "recall" in entry and entry["task"] == "needle"]
-    _draw(out / "recall.png", "Share of dense attention inside the selection", {"needle": recalls}, "recall", "linear")
+    _draw(
+        out / "recall.png", "Share of dense attention inside the selection", {"needle": recalls}, "recall", "linear"
+    )
 
 
 def _draw(path: Path, title: str, series: dict[str, list[dict[str, Any]]], key: str, scale: str) -> None:

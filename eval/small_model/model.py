@@ -366,4 +366,3 @@ class SmallModel(nn.Module):
 
     def _cross_entropy(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(self.lm_head(hidden).float().flatten(0, 1), targets.flatten())
-

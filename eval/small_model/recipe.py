@@ -59,9 +59,9 @@ CONFIG: Final[dict[str, Any]] = {
 class Recipe:
     """A training run; the stages are the report's."""
 
-    steps: tuple[int, int, int] = (24_000, 300, 2_500)
+    steps: tuple[int, int, int] = (40_000, 300, 4_000)
     """Of dense training, of the indexer's warm-up, of sparse training."""
-    peak_rates: tuple[float, float, float] = (1.5e-3, 2e-3, 5e-4)
+    peak_rates: tuple[float, float, float] = (1e-3, 2e-3, 5e-4)
     """Learning rates that each stage's cosine falls from, to a twentieth."""
     beta2: float = 0.98
     """Of AdamW; steps are of one task each, so a short memory would swing between them."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["TOOLS", "Chat", "arithmetic", "needle", "repeat", "tool_loop"]
+__all__ = ["TOOLS", "Chat", "about_tokens", "arithmetic", "needle", "repeat", "tool_loop"]
 
 TOOLS: list[dict[str, Any]] = [
     {
@@ -389,6 +389,11 @@ def filler(source: random.Random) -> str:
     return (
         f"The {source.choice(ADJECTIVES)} {source.choice(NOUNS)} {source.choice(_VERBS)} {source.choice(_PLACES)}."
     )
+
+
+def about_tokens(line: str) -> int:
+    """How many tokens a line of the text takes, nearly: a word is one, a digit too."""
+    return line.count(" ") + 3 + 6 * line.startswith("The code")
 
 
 def needle(

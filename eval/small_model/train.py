@@ -1,9 +1,9 @@
 """Train the small model: dense, then the indexer alone, then sparse. Stops and resumes at any step.
 
-    PYTHONPATH=eval python -m small_model.train OUT [--steps 24000 300 2500] [--seconds 540]
+    PYTHONPATH=eval python -m small_model.train OUT [--steps 40000 300 4000] [--seconds 540]
 
-OUT gets state.pt (to resume from), log.jsonl and, once trained, the checkpoint in DeepSeek's format with the
-training's curves.
+OUT gets state.pt (to resume from), log.jsonl and, once trained, the checkpoint in DeepSeek's format and the
+training's curves. Wants a GPU with 40 GB: 13 ms a dense step and 80 ms a sparse one on an H200.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import json
 import math
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class Trainer:
 
     def __init__(self, out: Path, recipe: Recipe, seed: int, config: dict[str, Any]) -> None:
         """Begin, or go on from ``out/state.pt``."""
+        self.clock: Callable[[], float] = time.monotonic
         self.out, self.recipe, self.seed = out, recipe, seed
         out.mkdir(parents=True, exist_ok=True)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -106,19 +108,19 @@ class Trainer:
         torch.save(state, self.out / "state.pt")
 
     def run(self, workers: int, end: float = math.inf) -> None:
-        """Train until the last step, or until ``time.monotonic()`` reaches ``end``.
+        """Train until the last step, or until the clock reaches ``end``.
 
         Args:
             workers: processes that make data; what is trained does not depend on them.
             end: seconds.
         """
-        recipe, begin = self.recipe, time.monotonic() - self.seconds_before
+        recipe, begin = self.recipe, self.clock() - self.seconds_before
         total = sum(recipe.steps)
         stream = batches(
             str(self.out / "tokenizer.json"), self.seed, recipe.lengths, recipe.tokens, self.step, workers
         )
         with (self.out / "log.jsonl").open("a") as log, tqdm(total=total, initial=self.step, mininterval=5) as bar:
-            while self.step < total and time.monotonic() < end:
+            while self.step < total and self.clock() < end:
                 mode, _ = recipe.stage(self.step)
                 batch = next(stream)
                 losses = self._train_step(batch, mode)
@@ -130,15 +132,15 @@ class Trainer:
                 if self.step % (6000 if mode is Mode.DENSE else 500) == 0 or self.step in (total, recipe.steps[0]):
                     entry |= {"exact": self._exact(mode)}
                 if entry:
-                    head = {"step": self.step, "stage": mode.value, "seconds": round(time.monotonic() - begin)}
+                    head = {"step": self.step, "stage": mode.value, "seconds": round(self.clock() - begin)}
                     log.write(json.dumps(head | entry) + "\n")
                     log.flush()
                     bar.set_postfix_str(f"{mode.value}, " + ", ".join(f"{k} {v}" for k, v in entry.items()))
         stream.close()
-        self._save(time.monotonic() - begin)
+        self._save(self.clock() - begin)
         if self.step >= total:
             export(self.model, self.tokenizer, self.out / "checkpoint")
-            plot(self.out / "log.jsonl", self.out / "checkpoint")
+            plot(self.out / "log.jsonl", self.out)
 
     def _train_step(self, batch: Batch, mode: Mode) -> Losses:
         """One step; of the dense stage, whose kernels are short, a recorded one."""

@@ -1,5 +1,6 @@
 """The small model's data and code, without training it."""
 
+import math
 import random
 
 import numpy as np
@@ -11,9 +12,10 @@ from engine.harness import complete, engine
 from small_model.batches import make_batch, tokenise
 from small_model.export import export
 from small_model.model import Mode, SmallModel
+from small_model.recipe import CONFIG, Recipe
 from small_model.tasks import arithmetic, needle, repeat, tool_loop
 from small_model.tokenizer import train_tokenizer
-from small_model.train import CONFIG
+from small_model.train import Trainer
 from vllm_dsv32.serving.encoding import encode_messages
 
 
@@ -71,10 +73,28 @@ def test_what_is_spoken_is_what_the_assistant_says(tokenizer):
 
 
 def test_batches_have_ascending_positions_that_reach_far(tokenizer):
-    batch = make_batch(tokenizer, random.Random(3), "needle", 512, rows=16)
+    batch = make_batch(tokenizer, random.Random(3), "needle", 512, 16)
     assert batch.ids.shape == batch.positions.shape == batch.spoken.shape == (16, 512)
     assert bool((np.diff(batch.positions, axis=1) >= 1).all())
     assert 4096 < batch.positions.max() < 20_480
+
+
+def test_training_resumes_where_it_stopped(tmp_path, monkeypatch):
+    """All three stages; what comes of it is the same to the bit, wherever it stopped and whoever made the data."""
+    monkeypatch.setattr(Trainer, "_exact", lambda *_: {})  # minutes here, at 16K
+    config = CONFIG | {"hidden_size": 64, "num_hidden_layers": 2, "index_topk": 64}
+    recipe = Recipe(steps=(3, 2, 3), tokens=512, curriculum=((0.0, (160, 256)),))
+    Trainer(tmp_path / "at once", recipe, 0, config).run(1)
+    for end in (2, 4, 7, math.inf):
+        trainer = Trainer(tmp_path / "in parts", recipe, 0, config)
+        trainer.clock = lambda trainer=trainer: float(trainer.step)
+        trainer.run(2, end)
+    (whole,), (parts,) = (
+        (tmp_path / name / "checkpoint").glob("*.safetensors") for name in ("at once", "in parts")
+    )
+    assert whole.read_bytes() == parts.read_bytes()
+    for name in ("loss.png", "recall.png"):
+        assert (tmp_path / "in parts" / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_trained_model_is_the_served_one(tokenizer, tmp_path):

@@ -1,0 +1,135 @@
+"""Score a served small model on chats that it was not trained on; exits with 1 below the pass marks.
+
+    PYTHONPATH=eval python -m small_model.score --base-url http://127.0.0.1:8000/v1 [--size full] [--json OUT]
+    PYTHONPATH=eval python -m small_model.score --transformers eval/small_model/checkpoint   (without vLLM)
+
+The server is `vllm serve eval/small_model/checkpoint` with the plugin's flags, and --max-model-len 17408 or more.
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+from tqdm import tqdm
+
+from small_model.repliers import Replier, served, transformed
+from small_model.tasks import Chat, about_tokens, arithmetic, needle, tool_loop
+
+__all__ = ["PASS_MARKS", "SIZES", "held_out_chats", "is_right", "score"]
+
+PASS_MARKS: Final = {
+    "tool loop": 0.98,
+    "arithmetic": 0.90,
+    "needle 1K": 0.95,
+    "needle 4K": 0.95,
+    "needle 16K": 0.95,
+}
+"""Shares of right chats."""
+
+SIZES: Final = {
+    "small": {"tool loop": 12, "arithmetic": 40, "needle 1K": 8, "needle 4K": 2, "needle 16K": 1},
+    "full": {"tool loop": 200, "arithmetic": 400, "needle 1K": 100, "needle 4K": 40, "needle 16K": 20},
+}
+"""Chats of each kind."""
+
+_SEED = 20_251_201
+
+
+def held_out_chats(kind: str, num: int) -> list[Chat]:
+    """Held-out chats; the first ones are the same whatever ``num`` is.
+
+    Args:
+        kind: a key of :data:`PASS_MARKS`.
+        num: how many.
+    """
+    source = random.Random(f"{_SEED} {kind}")
+    makers: dict[str, Callable[[], Chat]] = {
+        "tool loop": lambda: tool_loop(source, "test"),
+        "arithmetic": lambda: arithmetic(source, "test"),
+    }
+    if kind.startswith("needle "):
+        num_tokens = int(kind.removeprefix("needle ").removesuffix("K")) * 1024
+        # The rest is for the question and the answer.
+        return [needle(source, "test", num_tokens - 135, about_tokens) for _ in range(num)]
+    return [makers[kind]() for _ in range(num)]
+
+
+def is_right(chat: Chat, reply: Replier) -> bool:
+    """Whether what replies goes through the chat as it should: each call, and what the last message must contain.
+
+    Its own messages make the history, as with any client.
+    """
+    history: list[dict[str, Any]] = []
+    for index, message in enumerate(chat.messages):
+        if message["role"] != "assistant":
+            if message["role"] == "tool":
+                message = message | {"tool_call_id": history[-1]["tool_calls"][0]["id"]}
+            history.append(message)
+            continue
+        said = reply(history, chat.tools, chat.thinking)
+        if _calls(said) != _calls(message):
+            return False
+        if index == len(chat.messages) - 1:
+            return chat.answer in (said.get("content") or "")
+        history.append(said)
+    raise AssertionError("a chat ends with a message of the assistant")
+
+
+def _calls(message: dict[str, Any]) -> list[tuple[str, Any]]:
+    functions = [call["function"] for call in message.get("tool_calls") or []]
+    return [(function["name"], _arguments(function["arguments"])) for function in functions]
+
+
+def _arguments(value: Any) -> Any:
+    """The server gives JSON text, a made chat the object."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def score(reply: Replier, size: str, *, streams: int = 8) -> Iterator[tuple[str, list[bool]]]:
+    """Yield each kind of chat, and which of its chats went right.
+
+    Args:
+        reply: what is scored.
+        size: a key of :data:`SIZES`.
+        streams: chats at once.
+    """
+    with ThreadPoolExecutor(streams) as pool:
+        for kind, num in SIZES[size].items():
+            rights = pool.map(lambda chat: is_right(chat, reply), held_out_chats(kind, num))
+            yield kind, list(tqdm(rights, desc=kind, total=num, unit="chat"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    side = parser.add_mutually_exclusive_group(required=True)
+    side.add_argument("--base-url", help="of the server, such as http://127.0.0.1:8000/v1")
+    side.add_argument("--transformers", type=Path, metavar="CHECKPOINT", help="score transformers' own model")
+    parser.add_argument("--model", help="the name it is served under (default: the first that the server names)")
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--json", type=Path, help="write the result here too")
+    arguments = parser.parse_args()
+    if arguments.base_url:
+        scores = score(served(arguments.base_url, arguments.model), arguments.size)
+    else:
+        scores = score(transformed(arguments.transformers), arguments.size, streams=1)
+    shares = {}
+    for kind, rights in scores:
+        share = shares[kind] = sum(rights) / len(rights)
+        verdict = "passed" if share >= PASS_MARKS[kind] else f"below the mark of {PASS_MARKS[kind]:.0%}"
+        print(f"{kind:12} {sum(rights):4} of {len(rights):4}  {share:7.1%}  {verdict}", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"size": arguments.size, "shares": shares}, indent=1) + "\n")
+    raise SystemExit(any(share < PASS_MARKS[kind] for kind, share in shares.items()))
+
+
+if __name__ == "__main__":
+    main()
