@@ -105,7 +105,7 @@ until healthy; do
 done
 echo "Ready after $((SECONDS - start)) s on http://127.0.0.1:$port"
 echo
-PYTHONPATH=eval "$BIN/python" -m small_model.demo --base-url "http://127.0.0.1:$port/v1"
+PYTHONPATH=$PWD/eval "$BIN/python" -m small_model.demo --base-url "http://127.0.0.1:$port/v1"
 
 if $keep; then
     trap - EXIT INT TERM

@@ -32,7 +32,7 @@ PASS_MARKS: Final = {
 
 SIZES: Final = {
     "small": {"tool loop": 12, "arithmetic": 40, "needle 1K": 8, "needle 4K": 2, "needle 16K": 1},
-    "full": {"tool loop": 200, "arithmetic": 400, "needle 1K": 100, "needle 4K": 40, "needle 16K": 20},
+    "full": {"tool loop": 200, "arithmetic": 400, "needle 1K": 100, "needle 4K": 40, "needle 16K": 10},
 }
 """Chats of each kind."""
 
