@@ -45,7 +45,8 @@ def _draw(path: Path, title: str, series: dict[str, list[dict[str, Any]]], key: 
         steps = [entry["step"] for entry in values]
         axes.plot(steps, _smooth([entry[key] for entry in values]), label=name, linewidth=1)
     axes.set(title=title, xlabel="step", ylabel=key, yscale=scale)
-    axes.legend()
+    if entries:
+        axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
