@@ -1,32 +1,76 @@
 """Inputs that the kernel tests share; each implementation of the dispatch table is tested the same way."""
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from vllm_dsv32.kernels.dispatch import KERNELS, Problem
+from kernels.interpreter import teach_bfloat16
+from vllm_dsv32.kernels.dispatch import KERNELS, Kernel, Problem
+
+if not torch.cuda.is_available():
+    teach_bfloat16()
 
 CACHE_FORMATS = ("bfloat16", "float32", "fp8_ds_mla")
 
+PROBLEM = Problem(
+    device_type="cuda",
+    capability=(9, 0),
+    dtype=torch.bfloat16,
+    cache_format="auto",
+    num_heads=4,
+    kv_lora_rank=512,
+    rope_dim=64,
+    num_index_heads=4,
+    index_head_dim=128,
+    topk=64,
+)
+
+
+INTERPRETED = ("triton", "torch")
+"""Names of CUDA implementations that run without a GPU, slowly: as Python under Triton's interpreter."""
+
 
 def implementations(operation: str):
-    """A parameter set: the implementations of an operation that run on this machine."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    problem = Problem(
-        device_type=device,
-        capability=torch.cuda.get_device_capability() if device == "cuda" else None,
-        dtype=torch.bfloat16,
-        cache_format="auto",
-        num_heads=4,
-        kv_lora_rank=512,
-        rope_dim=64,
-        num_index_heads=4,
-        index_head_dim=128,
-        topk=64,
+    """A parameter set: the implementations of an operation that run on this machine, on tensors of the CPU."""
+    rows = [kernel for kernel in KERNELS if kernel.operation == operation and runs_here(kernel)]
+    return pytest.mark.parametrize(
+        "kernel", [on_device(row.load()) for row in rows], ids=[row.name for row in rows]
     )
-    rows = [kernel for kernel in KERNELS if kernel.operation == operation and kernel.refuse(problem) is None]
-    return pytest.mark.parametrize("kernel", [row.load() for row in rows], ids=[row.name for row in rows])
+
+
+def runs_here(kernel: Kernel) -> bool:
+    if torch.cuda.is_available():
+        return kernel.refuse(replace(PROBLEM, capability=torch.cuda.get_device_capability())) is None
+    if kernel.name in INTERPRETED:
+        return kernel.refuse(PROBLEM) is None
+    return kernel.refuse(replace(PROBLEM, device_type="cpu", capability=None)) is None
+
+
+def on_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel` on copies of its tensors in the GPU's memory, gaps and all, copied back; itself without a GPU."""
+    if not torch.cuda.is_available():
+        return kernel
+
+    def call(*args: Any) -> Any:
+        moved = [cuda_copy(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
+        result = kernel(*moved)
+        for arg, copy in zip(args, moved, strict=True):
+            if isinstance(arg, torch.Tensor):
+                arg.untyped_storage().copy_(copy.untyped_storage())
+        if isinstance(result, tuple):
+            return tuple(part.cpu() for part in result)
+        return result if result is None else result.cpu()
+
+    return call
+
+
+def cuda_copy(x: torch.Tensor) -> torch.Tensor:
+    memory = torch.empty(0, dtype=x.dtype, device="cuda").set_(x.untyped_storage().cuda())
+    return memory.as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 def cos_sin_cache(num_positions: int = 300, dim: int = 64, base: float = 10000.0) -> torch.Tensor:
@@ -35,20 +79,26 @@ def cos_sin_cache(num_positions: int = 300, dim: int = 64, base: float = 10000.0
     return torch.cat((angles.cos(), angles.sin()), dim=1).float()
 
 
-def latent_cache(num_blocks: int, block_size: int, cache_format: str, fill: int = 0x7F) -> torch.Tensor:
+def latent_cache(
+    num_blocks: int, block_size: int, cache_format: str, fill: int = 0x7F, gap_nbytes: int = 0
+) -> torch.Tensor:
     """A latent cache whose every byte is `fill` (0x7f: NaN in fp8, in bfloat16 and in float32)."""
     if cache_format == "fp8_ds_mla":
-        return torch.full((num_blocks, block_size, 656), fill, dtype=torch.uint8)
+        return _pages(num_blocks, block_size, 656, fill, gap_nbytes)
     dtype = getattr(torch, cache_format)
-    nbytes = 576 * torch.finfo(dtype).bits // 8
-    return torch.full((num_blocks, block_size, nbytes), fill | 0x80, dtype=torch.uint8).view(dtype)
+    return _pages(num_blocks, block_size, 576 * dtype.itemsize, fill | 0x80, gap_nbytes).view(dtype)
 
 
 def index_cache(num_blocks: int, block_size: int, fill: int = 0x7F, gap_nbytes: int = 0) -> torch.Tensor:
-    """An index-key cache; `gap_nbytes` lie between its pages, as when pages of layers are interleaved."""
-    page = block_size * 132
+    """An index-key cache."""
+    return _pages(num_blocks, block_size, 132, fill, gap_nbytes)
+
+
+def _pages(num_blocks: int, block_size: int, row_nbytes: int, fill: int, gap_nbytes: int) -> torch.Tensor:
+    """`gap_nbytes` lie between the pages, as when pages of layers are interleaved."""
+    page = block_size * row_nbytes
     memory = torch.full((num_blocks, page + gap_nbytes), fill, dtype=torch.uint8)
-    return memory.as_strided((num_blocks, block_size, 132), (page + gap_nbytes, 132, 1))
+    return memory.as_strided((num_blocks, block_size, row_nbytes), (page + gap_nbytes, row_nbytes, 1))
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, rtol: float, atol: float) -> None:

@@ -19,6 +19,7 @@ PROBLEM = Problem(
     index_head_dim=128,
     topk=2048,
 )
+ON_A_GPU = replace(PROBLEM, device_type="cuda", capability=(9, 0))
 
 
 def test_every_operation_has_a_reference_and_every_row_an_operation():
@@ -42,6 +43,38 @@ def test_the_choice_is_recorded():
         assert getattr(kernels, operation) is chosen.load()
 
 
+def test_a_cpu_is_served_by_the_references():
+    kernels = select_kernels(PROBLEM)
+    assert set(kernels.names.values()) == {"reference"}
+    assert not kernels.graph_capturable
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+@pytest.mark.parametrize("cache_format", ["auto", "fp8_ds_mla"])
+def test_a_gpu_can_be_served_without_a_reference(capability, cache_format):
+    wanted = {operation: "torch" if operation == "mla_output" else "triton" for operation in OPERATIONS}
+    kernels = select_kernels(replace(ON_A_GPU, capability=capability, cache_format=cache_format), wanted)
+    assert kernels.names == wanted
+    assert kernels.graph_capturable
+
+
+@pytest.mark.parametrize(
+    ("problem", "words"),
+    [
+        (PROBLEM, "takes CUDA devices, got cpu"),
+        (replace(ON_A_GPU, capability=(7, 5)), "takes compute capability 8.0 or above, got 7.5"),
+        (replace(ON_A_GPU, capability=None), "takes compute capability 8.0 or above, got unknown"),
+        (replace(ON_A_GPU, dtype=torch.float16), "takes models in bfloat16 or float32, got torch.float16"),
+        (replace(ON_A_GPU, rope_dim=32), "takes kv_lora_rank 512 and qk_rope_head_dim 64, got 512 and 32"),
+        (replace(ON_A_GPU, cache_format="fp8_e5m2"), "takes the cache formats auto and fp8_ds_mla, got fp8_e5m2"),
+    ],
+)
+@pytest.mark.parametrize("operation", [operation for operation in OPERATIONS if operation != "mla_output"])
+def test_triton_says_what_it_does_not_take(operation, problem, words):
+    refusals = {kernel.name: refusal for kernel, refusal in explain(operation, problem)}
+    assert refusals["triton"] == words
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -59,5 +92,10 @@ def test_an_override_is_obeyed_or_refused():
     assert select_kernels(PROBLEM, {"sparse_mla": "reference"}).names["sparse_mla"] == "reference"
     with pytest.raises(KernelUnavailableError, match="no implementation of sparse_mla called warp"):
         select_kernels(PROBLEM, {"sparse_mla": "warp"})
+    with pytest.raises(
+        KernelUnavailableError, match=r"sparse_mla called triton takes .*triton: takes CUDA devices"
+    ):
+        select_kernels(PROBLEM, {"sparse_mla": "triton"})
+    assert select_kernels(ON_A_GPU, {"sparse_mla": "reference"}).names["sparse_mla"] == "reference"
     with pytest.raises(KernelUnavailableError, match="no operation is called attention; the operations are"):
         select_kernels(PROBLEM, {"attention": "reference"})

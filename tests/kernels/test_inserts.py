@@ -5,7 +5,9 @@ import torch
 
 from kernels import naive
 from kernels.inputs import CACHE_FORMATS, close, cos_sin_cache, implementations, index_cache, latent_cache
+from vllm_dsv32.kernels import index_insert, latent_insert
 from vllm_dsv32.kernels.rope import RopeLayout
+from vllm_dsv32.layout import index_key_views, latent_fp8_views
 
 SLOTS = {
     "empty": [],
@@ -92,3 +94,126 @@ def test_a_later_token_may_overwrite_a_slot(kernel, generator):
         k_pe = torch.full((1, 64), value)
         kernel(kv_c, k_pe, weight, EPS, torch.tensor([0]), table, torch.tensor([4]), cache)
     assert cache[0, 4, 512:].tolist() == [2.0] * 64
+
+
+NOWHERE = 2**40
+"""A position that no table has: what belongs to padding is not read."""
+
+
+def tokens(generator: torch.Generator, num_tokens: int, num_slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions and slots, every third token padding."""
+    positions = torch.randint(0, 300, (num_tokens,), generator=generator)
+    slots = torch.randperm(num_slots, generator=generator)[:num_tokens]
+    padding = torch.arange(num_tokens) % 3 == 2
+    return positions.masked_fill(padding, NOWHERE), slots.masked_fill(padding, -1)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 30])
+@pytest.mark.parametrize("cache_format", CACHE_FORMATS)
+@implementations("latent_insert")
+def test_latent_rows_are_the_references(kernel, generator, cache_format, num_tokens):
+    dtype = torch.float32 if cache_format == "float32" else torch.bfloat16
+    # Columns of a fused projection, NaN in what is padding.
+    projected = torch.randn(num_tokens, 32 + 512 + 64, generator=generator).to(dtype)
+    positions, slots = tokens(generator, num_tokens, 80)
+    projected[slots < 0] = torch.nan
+    _, kv_c, k_pe = projected.split([32, 512, 64], dim=-1)
+    weight, table = 1 + 0.1 * torch.randn(512, generator=generator).to(dtype), cos_sin_cache()
+    got, wanted, again = (latent_cache(5, 16, cache_format, gap_nbytes=128) for _ in range(3))
+    kernel(kv_c, k_pe, weight, EPS, positions, table, slots, got)
+    kernel(kv_c, k_pe, weight, EPS, positions, table, slots, again)
+    latent_insert.reference(kv_c, k_pe, weight, EPS, positions, table, slots, wanted)
+    assert torch.equal(got.view(torch.uint8), again.view(torch.uint8))
+    if cache_format == "fp8_ds_mla":
+        got_views, wanted_views = latent_fp8_views(got), latent_fp8_views(wanted)
+        close(got_views.nope_scale, wanted_views.nope_scale, rtol=1e-6, atol=0)
+        close(got_views.rope, wanted_views.rope, rtol=0, atol=0)
+        # Sums in another order move a value by a bit, and so one in the middle of two codes to the other.
+        differing = got_views.nope_fp8.view(torch.uint8) != wanted_views.nope_fp8.view(torch.uint8)
+        assert differing.sum() <= differing.numel() // 10000
+    else:
+        close(got, wanted, rtol=1e-6 if dtype == torch.float32 else 2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 4, 5, 21])
+@pytest.mark.parametrize("layout", RopeLayout)
+@implementations("index_insert")
+def test_index_keys_are_the_references(kernel, generator, layout, num_tokens):
+    positions, slots = tokens(generator, num_tokens, 80)
+    index_k = torch.randn(num_tokens, 160, generator=generator).bfloat16()[:, 16:144]
+    index_k[slots < 0] = torch.nan
+    weight, bias = 1 + 0.1 * torch.randn(128, generator=generator), torch.randn(128, generator=generator)
+    got, wanted, again = (index_cache(5, 16, gap_nbytes=128) for _ in range(3))
+    for run, cache in ((kernel, got), (kernel, again), (index_insert.reference, wanted)):
+        run(index_k, weight, bias, EPS, positions, cos_sin_cache(), layout, slots, cache)
+    assert torch.equal(got, again)
+    got_views, wanted_views = index_key_views(got), index_key_views(wanted)
+    close(got_views.key_scale, wanted_views.key_scale, rtol=0, atol=0)
+    differing = got_views.key_fp8.view(torch.uint8) != wanted_views.key_fp8.view(torch.uint8)
+    assert differing.sum() <= differing.numel() // 10000
+
+
+@implementations("latent_insert")
+def test_a_latent_that_is_nan_stays_nan(kernel, generator):
+    kv_c, k_pe = torch.randn(2, 512, generator=generator), torch.randn(2, 64, generator=generator)
+    kv_c[0, 300] = torch.nan
+    cache = latent_cache(1, 16, "fp8_ds_mla", fill=0)
+    positions = slots = torch.arange(2)
+    kernel(kv_c, k_pe, torch.ones(512), EPS, positions, cos_sin_cache(), slots, cache)
+    assert all(v != v for v in naive.latent_row(cache, 0)[:512])
+    assert all(v == v for v in naive.latent_row(cache, 1))
+
+
+@implementations("index_insert")
+def test_an_index_key_that_is_nan_stays_nan(kernel, generator):
+    index_k = torch.randn(2, 128, generator=generator)
+    index_k[0, 100] = torch.nan
+    cache = index_cache(1, 16, fill=0)
+    positions = slots = torch.arange(2)
+    kernel(
+        index_k, torch.ones(128), torch.zeros(128), EPS, positions, cos_sin_cache(), RopeLayout.NEOX, slots, cache
+    )
+    assert all(v != v for v in naive.index_key(cache, 0))
+    assert all(v == v for v in naive.index_key(cache, 1))
+
+
+PAGE_NBYTES = 3 << 29
+"""Two such pages lie beyond 2^31 bytes."""
+
+
+@pytest.mark.parametrize("slot", [0, 37])
+@implementations("latent_insert")
+def test_latent_rows_beyond_two_gigabytes(kernel, generator, slot):
+    kv_c, k_pe = torch.randn(1, 512, generator=generator), torch.randn(1, 64, generator=generator)
+    cache = torch.empty(2 * PAGE_NBYTES + 16 * 656, dtype=torch.uint8)  # untouched, and so no memory
+    cache = cache.as_strided((3, 16, 656), (PAGE_NBYTES, 656, 1))
+    kernel(kv_c, k_pe, torch.ones(512), EPS, torch.tensor([5]), cos_sin_cache(), torch.tensor([slot]), cache)
+    wanted = latent_cache(3, 16, "fp8_ds_mla")
+    latent_insert.reference(
+        kv_c, k_pe, torch.ones(512), EPS, torch.tensor([5]), cos_sin_cache(), torch.tensor([slot]), wanted
+    )
+    got_row, wanted_row = (torch.tensor(naive.latent_row(c, slot)) for c in (cache, wanted))
+    close(got_row, wanted_row, rtol=2**-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("slot", [0, 37])
+@implementations("index_insert")
+def test_index_keys_beyond_two_gigabytes(kernel, generator, slot):
+    index_k = torch.randn(1, 128, generator=generator)
+    cache = torch.empty(2 * PAGE_NBYTES + 16 * 132, dtype=torch.uint8)
+    cache = cache.as_strided((3, 16, 132), (PAGE_NBYTES, 132, 1))
+    wanted = index_cache(3, 16)
+    for run, into in ((kernel, cache), (index_insert.reference, wanted)):
+        run(
+            index_k,
+            torch.ones(128),
+            torch.zeros(128),
+            EPS,
+            torch.tensor([5]),
+            cos_sin_cache(),
+            RopeLayout.NEOX,
+            torch.tensor([slot]),
+            into,
+        )
+    got_key, wanted_key = (torch.tensor(naive.index_key(c, slot)) for c in (cache, wanted))
+    close(got_key, wanted_key, rtol=2**-3, atol=1e-3)

@@ -5,6 +5,7 @@ import torch
 
 from kernels import naive
 from kernels.inputs import close, cos_sin_cache, implementations
+from vllm_dsv32.kernels import index_query, mla_query
 from vllm_dsv32.kernels.rope import RopeLayout
 
 
@@ -66,3 +67,60 @@ def test_mla_output(kernel, generator, tokens, heads, v, dtype):
             expected[t, h] = latent[t, h].double() @ w_uv[h].double()
     rtol = 1e-4 if dtype == torch.float32 else 2**-8
     close(output, expected.reshape(tokens, heads * v), rtol=rtol, atol=1e-4)
+
+
+# Around the rows that one program takes, with as many heads as there are and with numbers that divide nothing.
+NUM_ROWS = [(1, 64), (1, 128), (3, 5), (4, 4), (17, 1), (11, 3), (2, 16)]
+
+
+@pytest.mark.parametrize("layout", RopeLayout)
+@pytest.mark.parametrize(("tokens", "heads"), NUM_ROWS)
+@implementations("index_query")
+def test_index_query_is_the_references_to_the_bit(kernel, generator, tokens, heads, layout):
+    # Rows of magnitudes from far below the quantisation's floor to far above 448.
+    magnitudes = torch.exp(4 * torch.randn(tokens, heads + 2, 1, generator=generator))
+    index_q = (magnitudes * torch.randn(tokens, heads + 2, 128, generator=generator)).bfloat16()[:, 1:-1]
+    index_q[0, 0] = 0.0
+    head_weights = torch.randn(tokens, heads + 3, generator=generator)[:, :heads]
+    positions = torch.randint(0, 300, (tokens,), generator=generator)
+    q_fp8, weights = kernel(index_q, head_weights, positions, cos_sin_cache(), layout)
+    wanted_fp8, wanted_weights = index_query.reference(index_q, head_weights, positions, cos_sin_cache(), layout)
+    assert torch.equal(q_fp8.view(torch.uint8), wanted_fp8.view(torch.uint8))
+    assert torch.equal(weights, wanted_weights)
+
+
+@pytest.mark.parametrize("dim", [0, 40, 100])
+@implementations("index_query")
+def test_an_index_query_that_is_nan_spoils_its_scores_and_no_others(kernel, generator, dim):
+    index_q = torch.randn(1, 3, 128, generator=generator)
+    index_q[0, 1, dim] = torch.nan
+    q_fp8, weights = kernel(index_q, torch.ones(1, 3), torch.tensor([0]), cos_sin_cache(), RopeLayout.NEOX)
+    scores = q_fp8.float().sum(-1) * weights
+    assert scores.isnan().tolist() == [[False, True, False]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "heads"), NUM_ROWS)
+@implementations("mla_query")
+def test_mla_query_is_the_references(kernel, generator, tokens, heads, dtype):
+    q = torch.randn(tokens, heads + 1, 192, generator=generator).to(dtype)[:, 1:]
+    w_uk_t = (torch.randn(heads, 128, 512, generator=generator) * 128**-0.5).to(dtype)
+    positions = torch.randint(0, 300, (tokens,), generator=generator)
+    got = kernel(q, w_uk_t, positions, cos_sin_cache())
+    wanted = mla_query.reference(q, w_uk_t, positions, cos_sin_cache())
+    assert torch.equal(got[..., 512:], wanted[..., 512:])
+    rtol, atol = (1e-5, 1e-5) if dtype == torch.float32 else (2**-7, 1e-3)
+    close(got[..., :512], wanted[..., :512], rtol=rtol, atol=atol)
+    assert torch.equal(got, kernel(q, w_uk_t, positions, cos_sin_cache()))
+
+
+@implementations("mla_output")
+def test_mla_output_into_part_of_a_tensor(kernel, generator):
+    """Rows behind it are padding, columns beside it another's."""
+    latent, w_uv = torch.randn(3, 2, 512, generator=generator), torch.randn(2, 512, 64, generator=generator)
+    whole, dense = torch.full((5, 200), 7.0), torch.empty(3, 128)
+    kernel(latent, w_uv, whole[:3, :128])
+    kernel(latent, w_uv, dense)
+    assert torch.equal(whole[:3, :128], dense)
+    assert bool((whole[3:] == 7.0).all())
+    assert bool((whole[:, 128:] == 7.0).all())

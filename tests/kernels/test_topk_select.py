@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -6,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import naive
-from kernels.inputs import implementations
-from vllm_dsv32.kernels import topk_select
+from kernels.inputs import implementations, on_device
+from vllm_dsv32.kernels import topk_select, topk_select_triton
+from vllm_dsv32.kernels.topk_select_triton import Tiling
 
 
 def select(kernel, logits: torch.Tensor, num_keys: list[int], k: int) -> torch.Tensor:
@@ -69,3 +71,82 @@ def test_any_small_row(data):
     logits = torch.tensor([row])
     got = select(topk_select.reference, logits, [seen], k)
     assert torch.equal(got, naive.topk(logits, torch.tensor([seen]), k))
+
+
+TILINGS = {
+    "whole rows": Tiling(32, 16, num_programs=3, num_split_programs=0, splits=(), num_warps=1, max_registers=None),
+    "2 parts": Tiling(32, 16, num_programs=3, num_split_programs=999, splits=(2,), num_warps=1, max_registers=None),
+    "more parts than tiles": Tiling(32, 16, 3, 999, splits=(8,), num_warps=1, max_registers=None),
+}
+"""All of lists of 64 keys for a K below 17."""
+
+
+def kinds_of_rows(width: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    normal = torch.randn(width, generator=generator)
+    sampled = torch.zeros(width, dtype=torch.bool)
+    sampled[torch.arange(16) * width // 16] = True
+    few_values = torch.randint(-1, 2, (width,), generator=generator).float()
+    return {
+        "random": normal,
+        "rising: each key displaces one": normal.sort().values,
+        "falling: none does": normal.sort(descending=True).values,
+        "ties within and across tiles": few_values,
+        "all equal": torch.full((width,), -0.0),
+        "all NaN": torch.full((width,), math.nan),
+        "mostly minus infinity": torch.where(normal > 1.8, normal, -math.inf),
+        "one part has all": torch.where((torch.arange(width) // 40) == 3, normal + 50, normal),
+        "a sample above the rest": torch.where(sampled, 9.0, normal),
+        "a sample below the rest": torch.where(sampled, -9.0, normal),
+        "one value apart from a tie": torch.where(torch.arange(width) == width - 1, 1e-45, 0.0),
+    }
+
+
+@pytest.fixture(params=TILINGS.values(), ids=TILINGS)
+def tiled(request, monkeypatch):
+    monkeypatch.setattr(topk_select_triton, "tiling", lambda capability: request.param)
+    return on_device(topk_select_triton.topk_select)
+
+
+def test_any_kind_of_row_in_any_tiling(tiled, generator):
+    rows = kinds_of_rows(200, generator)
+    logits = torch.stack(list(rows.values()))
+    num_keys = [200] * len(rows)
+    expected = naive.topk(logits, torch.tensor(num_keys), 9)
+    got = select(tiled, logits, num_keys, 9)
+    different = [
+        name for name, row, wanted in zip(rows, got, expected, strict=True) if not torch.equal(row, wanted)
+    ]
+    assert different == []
+
+
+@pytest.mark.parametrize("pitch", [144, 135])
+def test_lengths_at_the_edges_of_tiles_and_lists(tiled, generator, pitch):
+    """What lies past a row's keys would be selected at once; rows begin at whole words of memory, or not."""
+    num_keys = [0, 1, 8, 9, 10, 31, 32, 33, 63, 64, 65, 96, 97, 128, 135]
+    logits = torch.randn(len(num_keys), pitch, generator=generator)[:, :135]
+    for row, seen in enumerate(num_keys):
+        logits[row, seen:] = math.inf
+    assert torch.equal(select(tiled, logits, num_keys, 9), naive.topk(logits, torch.tensor(num_keys), 9))
+
+
+def test_a_list_that_is_short_by_one(tiled):
+    logits = torch.zeros(1, 65)
+    logits[0, 64] = 1.0
+    assert select(tiled, logits, [65], 9).tolist() == [[*range(8), 64]]
+
+
+@pytest.mark.parametrize("num_split_programs", [0, 512])
+def test_real_sizes(monkeypatch, generator, num_split_programs):
+    tiles = dataclasses.replace(topk_select_triton.tiling((9, 0)), num_split_programs=num_split_programs)
+    monkeypatch.setattr(topk_select_triton, "tiling", lambda capability: tiles)
+    num_keys = [40_000, 8192, 2049]
+    logits = torch.randn(len(num_keys), 40_000, generator=generator)
+    logits[0] = (logits[0] * 100).round()
+    expected = torch.empty(len(num_keys), 2048, dtype=torch.int32)
+    topk_select.reference(logits, torch.tensor(num_keys, dtype=torch.int32), expected)
+    assert torch.equal(select(on_device(topk_select_triton.topk_select), logits, num_keys, 2048), expected)
+
+
+def test_a_larger_k_is_refused():
+    with pytest.raises(ValueError, match="at most 4096, got 4097"):
+        select(topk_select_triton.topk_select, torch.zeros(1, 9), [9], 4097)

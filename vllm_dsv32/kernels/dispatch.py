@@ -98,21 +98,67 @@ def _reference_refuses(problem: Problem) -> Refusal:
     return None
 
 
+_TRITON_CAPABILITY = (8, 0)
+
+
+def _cuda_refuses(problem: Problem) -> Refusal:
+    """What can be captured in a graph but is slower on a CPU than the reference."""
+    if problem.device_type != "cuda":
+        return f"takes CUDA devices, got {problem.device_type}"
+    return _reference_refuses(problem)
+
+
+def _triton_refuses(problem: Problem) -> Refusal:
+    """The Triton kernels need bfloat16 tensor cores and are written for the types that the model is served in."""
+    refusal = _cuda_refuses(problem)
+    if refusal is not None:
+        return refusal
+    if problem.capability is None or problem.capability < _TRITON_CAPABILITY:
+        wanted, got = (_dotted(capability) for capability in (_TRITON_CAPABILITY, problem.capability))
+        return f"takes compute capability {wanted} or above, got {got}"
+    if problem.dtype not in (torch.bfloat16, torch.float32):
+        return f"takes models in bfloat16 or float32, got {problem.dtype}"
+    return None
+
+
+def _dotted(capability: tuple[int, int] | None) -> str:
+    return "unknown" if capability is None else ".".join(map(str, capability))
+
+
+def _triton(operation: str) -> Kernel:
+    target = f"vllm_dsv32.kernels.{operation}_triton:{operation}"
+    return Kernel(operation, "triton", target, _triton_refuses, graph_capturable=True)
+
+
+def _reference(operation: str) -> Kernel:
+    target = f"vllm_dsv32.kernels.{operation}:reference"
+    return Kernel(operation, "reference", target, _reference_refuses, graph_capturable=False)
+
+
 KERNELS: list[Kernel] = [
+    # Above what is faster until that has run on a GPU; until then it is chosen by name.
+    *(_reference(operation) for operation in OPERATIONS),
+    _triton("latent_insert"),
+    _triton("index_insert"),
+    _triton("mla_query"),
+    _triton("index_query"),
+    _triton("index_logits"),
+    _triton("topk_select"),
+    _triton("topk_slots"),
+    _triton("sparse_mla"),
     Kernel(
-        operation=operation,
-        name="reference",
-        target=f"vllm_dsv32.kernels.{operation}:reference",
-        refuse=_reference_refuses,
-        graph_capturable=False,
-    )
-    for operation in OPERATIONS
+        operation="mla_output",
+        name="torch",
+        target="vllm_dsv32.kernels.mla_output_torch:mla_output",
+        refuse=_cuda_refuses,
+        graph_capturable=True,
+    ),
 ]
-"""Fastest first within an operation."""
+"""The first row of an operation that takes a problem is chosen."""
 
 
 def explain(operation: str, problem: Problem) -> list[tuple[Kernel, Refusal]]:
-    """Each implementation of an operation, fastest first, with its refusal of the problem or None."""
+    """Each implementation of an operation, in the order of preference, with its refusal of the problem or None."""
     return [(kernel, kernel.refuse(problem)) for kernel in KERNELS if kernel.operation == operation]
 
 

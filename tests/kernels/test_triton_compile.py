@@ -1,0 +1,43 @@
+"""Every Triton kernel compiles for every architecture that it is offered on, and fits; no GPU is needed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SHARED_NBYTES = {
+    "8.0": 163 << 10,
+    "8.6": 99 << 10,
+    "8.9": 99 << 10,
+    "9.0": 227 << 10,
+    "10.0": 227 << 10,
+    "12.0": 99 << 10,
+}
+"""What a block may use of shared memory, by compute capability (CUDA programming guide)."""
+
+MAX_STACK_NBYTES = 128
+"""Of a thread: what does not fit into its registers."""
+
+
+def compile_for(capability: str, *sample: str) -> dict:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name("compile_kernels.py")), capability, *sample]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads(result.stdout)
+
+
+# All specialisations for six architectures take five minutes; what differs between these is in the samples.
+@pytest.mark.parametrize(
+    ("capability", "sample"),
+    [("9.0", []), ("8.0", ["0"]), ("8.6", ["1"]), ("8.9", ["2"]), ("10.0", ["3"]), ("12.0", ["4"])],
+)
+def test_every_kernel_compiles_and_fits(capability, sample):
+    report = compile_for(capability, *sample)
+    assert {row["kernel"] for row in report["compiled"]} == set(report["kernels"])
+    for row in report["compiled"]:
+        assert row["shared_nbytes"] <= SHARED_NBYTES[capability], row
+        assert row["stack_nbytes"] <= MAX_STACK_NBYTES, row
