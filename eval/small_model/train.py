@@ -3,7 +3,7 @@
     PYTHONPATH=eval python -m small_model.train OUT [--steps 40000 300 4000] [--seconds 540]
 
 OUT gets state.pt (to resume from), log.jsonl and, once trained, the checkpoint in DeepSeek's format and the
-training's curves. Wants a GPU with 40 GB: 13 ms a dense step and 80 ms a sparse one on an H200.
+training's curves. On an H200 a dense step takes about 14 ms, a sparse one 80 ms and 23 GB.
 """
 
 import argparse

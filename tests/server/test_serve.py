@@ -224,5 +224,7 @@ def test_sigterm_ends_every_process(server):
         time.sleep(0.2)
     else:
         raise AssertionError("processes of the server are still running")
-    # On a busy machine vLLM's own front end may report that the engine went first; nothing of ours may be in it.
-    assert "/vllm_dsv32/" not in server.log.read_text().split("Application startup complete")[-1]
+    # On a busy machine vLLM's front end may report that the engine went first, and nothing else may be reported.
+    lines = server.log.read_text().split("Application startup complete")[-1].splitlines()
+    assert not [line for line in lines if "Traceback" in line and "[async_llm.py:" not in line]
+    assert not [line for line in lines if "/vllm_dsv32/" in line]
