@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 # One thread: with two, vLLM's and torch's OpenMP pools wait for each other on a two-core machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -12,9 +14,19 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def pytest_configure() -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--cuda-graphs",
+        action="store_true",
+        help="engines capture CUDA graphs where tests allow it (default: eager)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
     """Triton decides on its import whether kernels are compiled or interpreted; vLLM's import is one."""
     import torch
 
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
+        if config.getoption("--cuda-graphs"):
+            raise pytest.UsageError("--cuda-graphs: no CUDA device here")

@@ -61,10 +61,15 @@ class Dsv32ConfigHook:
 
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
-        """Check the settings and fix the KV-cache dtype; see :func:`vllm_dsv32.config.verify_vllm_config`."""
+        """Check the settings, fix the KV-cache dtype, and change what would make the start long.
+
+        See :func:`vllm_dsv32.config.verify_vllm_config` and :func:`vllm_dsv32.startup.shorten_startup`.
+        """
         from vllm_dsv32.config import verify_vllm_config
+        from vllm_dsv32.startup import shorten_startup
 
         verify_vllm_config(vllm_config)
+        shorten_startup(vllm_config)
 
     @staticmethod
     def verify_and_update_model_config(model_config: "ModelConfig") -> None:

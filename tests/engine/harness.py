@@ -14,6 +14,9 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from vllm_dsv32.attention.sparse_attention import SparseAttention
 
+CUDA_GRAPHS = False
+"""Set by the option --cuda-graphs."""
+
 
 @dataclass
 class Completion:
@@ -40,9 +43,11 @@ class Completion:
 
 @contextmanager
 def engine(
-    path: Path, *, chunked: bool = True, prefix_caching: bool = False, block_size: int = 16, **options
+    path: Path, *, chunked: bool = True, prefix_caching: bool = False, block_size: int | None = None, **options
 ) -> Iterator[LLMEngine]:
     """An engine whose logprobs are the raw logits of the whole vocabulary.
+
+    With the option --cuda-graphs it captures graphs, unless the test asks for ``enforce_eager``.
 
     On a CPU without AMX, vLLM turns chunked prefill and prefix caching off and forces blocks of 16 for every
     model with a latent cache, because its own attention for them asks for that. Ours does not, so what the
@@ -54,16 +59,19 @@ def engine(
         "max_num_batched_tokens": 512,
         "max_num_seqs": 16,
         "skip_tokenizer_init": True,
-        "enforce_eager": True,
+        "enforce_eager": not CUDA_GRAPHS,
         "logprobs_mode": "raw_logits",
         "max_logprobs": -1,
         "disable_log_stats": True,
     }
+    if torch.cuda.is_available():  # several fit a GPU
+        defaults["kv_cache_memory_bytes"] = 256 << 20
     arguments = EngineArgs(model=str(path), **(defaults | options))
     config = arguments.create_engine_config()
     config.scheduler_config.enable_chunked_prefill = chunked
     config.cache_config.enable_prefix_caching = prefix_caching
-    config.cache_config.block_size = block_size
+    config.cache_config.block_size = block_size or (64 if torch.cuda.is_available() else 16)
+    config.cache_config.user_specified_block_size = True
     llm = None
     try:
         llm = LLMEngine.from_vllm_config(config, disable_log_stats=arguments.disable_log_stats)

@@ -29,7 +29,7 @@ def test_without_a_batch_the_output_is_zero():
     def keep(_layer, arguments, _result):
         outputs.append(arguments[-1].clone())
 
-    with engine(checkpoint("experts, YaRN")) as llm:
+    with engine(checkpoint("experts, YaRN"), enforce_eager=True) as llm:
         for layer in attention_layers(llm):
             layer.register_forward_pre_hook(poison)
             layer.register_forward_hook(keep)

@@ -1,9 +1,12 @@
 """Tensor and pipeline parallelism over two processes: the same greedy output as in one."""
 
 import pytest
+import torch
 
 from engine.checkpoints import TOPK, checkpoint, prompts
 from engine.harness import complete, engine
+
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="needs two GPUs, or none")
 
 ASKED = prompts(TOPK - 2, 3 * TOPK, 9)
 NUM_TOKENS = 24

@@ -11,35 +11,39 @@ class Recorder:
     """Keeps the inputs of the indexer and the positions that came out, for single-request steps."""
 
     def __init__(self):
-        self.steps = []
+        self.scored, self.selected = [], []
 
     def index_logits(self, original):
-        def recorded(q_fp8, weights, cache, block_table, request_ids, num_keys, width):
-            self.steps.append(
-                (q_fp8.clone(), weights.clone(), cache.clone(), block_table.clone(), num_keys.clone())
-            )
-            return original(q_fp8, weights, cache, block_table, request_ids, num_keys, width)
+        def recorded(q_fp8, weights, cache, block_table, request_ids, num_scored, width):
+            self.scored.append(tuple(x.cpu().clone() for x in (q_fp8, weights, cache, block_table, num_scored)))
+            return original(q_fp8, weights, cache, block_table, request_ids, num_scored, width)
 
         return recorded
 
-    def topk_slots(self, original):
-        def recorded(topk_pos, *rest):
-            self.steps[-1] += (topk_pos.clone(),)
-            return original(topk_pos, *rest)
+    def topk_select(self, original):
+        def recorded(logits, num_keys, topk_pos):
+            original(logits, num_keys, topk_pos)
+            self.selected.append((num_keys.cpu().clone(), topk_pos.cpu().clone()))
 
         return recorded
+
+
+def record(prompt_length: int) -> Recorder:
+    recorder = Recorder()
+    with engine(checkpoint("experts, YaRN"), enforce_eager=True) as llm:
+        replaced = {"index_logits": recorder.index_logits, "topk_select": recorder.topk_select}
+        with kernels_replaced(llm, **replaced):
+            complete(llm, prompts(prompt_length), 3, prompt_logits=False)
+    return recorder
 
 
 def test_selected_sets_are_the_naive_ones():
-    path = checkpoint("experts, YaRN")
-    recorder = Recorder()
-    with engine(path) as llm:
-        replaced = {"index_logits": recorder.index_logits, "topk_slots": recorder.topk_slots}
-        with kernels_replaced(llm, **replaced):
-            complete(llm, prompts(2 * TOPK), 3, prompt_logits=False)
+    recorder = record(2 * TOPK)
     compared = 0
-    for q_fp8, weights, cache, block_table, num_keys, topk_pos in recorder.steps:
+    for scoring, (num_keys, topk_pos) in zip(recorder.scored, recorder.selected, strict=True):
+        q_fp8, weights, cache, block_table, num_scored = scoring
         request = torch.zeros(1, dtype=torch.int32)
+        assert torch.equal(num_scored, num_keys.masked_fill(num_keys <= TOPK, 0))
         for row in sorted({0, TOPK - 1, TOPK, len(q_fp8) - 1} & set(range(len(q_fp8)))):
             at = slice(row, row + 1)
             logits = naive.index_logits(
@@ -54,3 +58,12 @@ def test_selected_sets_are_the_naive_ones():
                 margin = 1e-5 * logits.abs().max()
                 assert logits[selected].min() >= logits[left_out].max() - margin
     assert compared >= 15
+
+
+def test_nothing_is_scored_while_the_top_k_takes_all():
+    recorder = record(TOPK - 3)
+    assert recorder.scored == []
+    assert recorder.selected
+    for num_keys, topk_pos in recorder.selected:
+        for row, count in zip(topk_pos.tolist(), num_keys.tolist(), strict=True):
+            assert row == [*range(count), *[-1] * (TOPK - count)]

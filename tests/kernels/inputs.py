@@ -43,6 +43,8 @@ def implementations(operation: str):
 
 
 def runs_here(kernel: Kernel) -> bool:
+    if kernel.by_name_only:
+        return False  # tested in test_vendor_rows
     if torch.cuda.is_available():
         return kernel.refuse(replace(PROBLEM, capability=torch.cuda.get_device_capability())) is None
     if kernel.name in INTERPRETED:

@@ -1,11 +1,18 @@
-import inspect
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from vllm_dsv32.errors import KernelUnavailableError
+from vllm_dsv32.kernels import dispatch
 from vllm_dsv32.kernels.dispatch import KERNELS, OPERATIONS, Problem, explain, select_kernels
+from vllm_dsv32.kernels.vendor.libraries import is_installed
 
 PROBLEM = Problem(
     device_type="cpu",
@@ -27,11 +34,18 @@ def test_every_operation_has_a_reference_and_every_row_an_operation():
     assert {kernel.operation for kernel in KERNELS} == set(OPERATIONS)
 
 
+def signature(row):
+    """As it is written, because some modules import only where vLLM's libraries are."""
+    module, _, function = row.target.partition(":")
+    tree = ast.parse(Path(importlib.util.find_spec(module).origin).read_text())
+    (node,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
+    return f"({ast.unparse(node.args)}) -> {ast.unparse(node.returns)}"
+
+
 def test_every_implementation_has_the_signature_of_its_reference():
-    references = {row.operation: row.load() for row in KERNELS if row.name == "reference"}
+    references = {row.operation: signature(row) for row in KERNELS if row.name == "reference"}
     for row in KERNELS:
-        wanted = inspect.signature(references[row.operation])
-        assert inspect.signature(row.load()) == wanted, f"{row.operation} {row.name}"
+        assert signature(row) == references[row.operation], f"{row.operation} {row.name}"
 
 
 def test_the_choice_is_recorded():
@@ -99,3 +113,84 @@ def test_an_override_is_obeyed_or_refused():
     assert select_kernels(ON_A_GPU, {"sparse_mla": "reference"}).names["sparse_mla"] == "reference"
     with pytest.raises(KernelUnavailableError, match="no operation is called attention; the operations are"):
         select_kernels(PROBLEM, {"attention": "reference"})
+
+
+# Operation, name, a problem that the row takes where vLLM's libraries are, and the library that it needs.
+FP8_ON_A_GPU = replace(ON_A_GPU, cache_format="fp8_ds_mla")
+VENDOR = {
+    "deep_gemm": ("index_logits", ON_A_GPU, "vllm.third_party.deep_gemm or deep_gemm"),
+    "vllm": ("topk_select", ON_A_GPU, "vllm._C_stable_libtorch"),
+    "flash_mla": ("sparse_mla", FP8_ON_A_GPU, "vllm._flashmla_C"),
+    "flash_attn3": ("sparse_mla", ON_A_GPU, "vllm.vllm_flash_attn._vllm_fa3_C"),
+}
+
+
+def refusal_by(name, problem):
+    operation = VENDOR[name][0]
+    return next(refusal for row, refusal in explain(operation, problem) if row.name == name)
+
+
+def test_vendor_rows_come_last_and_by_name_only():
+    assert {row.name for row in KERNELS if row.by_name_only} == set(VENDOR)
+    assert [row.by_name_only for row in KERNELS] == sorted(row.by_name_only for row in KERNELS)
+
+
+@pytest.mark.parametrize("name", VENDOR)
+def test_a_vendor_row_is_chosen_by_name_and_never_otherwise(monkeypatch, name):
+    operation, problem, _ = VENDOR[name]
+    monkeypatch.setattr(dispatch, "is_installed", lambda module: True)
+    assert refusal_by(name, problem) is None
+    monkeypatch.setattr(dispatch, "KERNELS", [row for row in KERNELS if row.by_name_only])
+    with pytest.raises(KernelUnavailableError, match=f"{name}: would take it"):
+        dispatch._choose(operation, problem, None)
+    assert dispatch._choose(operation, problem, name).name == name
+
+
+@pytest.mark.parametrize("name", VENDOR)
+def test_a_vendor_row_names_the_library_that_it_lacks(monkeypatch, name):
+    operation, problem, library = VENDOR[name]
+    monkeypatch.setattr(dispatch, "is_installed", lambda module: False)
+    wanted = f"needs {library}, which is not installed; vLLM's wheel for CUDA has it"
+    assert refusal_by(name, problem) == wanted
+    with pytest.raises(KernelUnavailableError, match=f"{name}: {wanted}"):
+        select_kernels(problem, {operation: name})
+
+
+HOPPER_ONLY = [name for name in VENDOR if name != "vllm"]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        *((name, {"capability": (8, 9)}, "takes compute capability 9.0, got 8.9") for name in HOPPER_ONLY),
+        *((name, {"capability": (10, 0)}, "takes compute capability 9.0, got 10.0") for name in HOPPER_ONLY),
+        *((name, {"capability": None}, "takes compute capability 9.0, got unknown") for name in HOPPER_ONLY),
+        *((name, {"device_type": "cpu", "capability": None}, "takes CUDA devices, got cpu") for name in VENDOR),
+        *((name, {"kv_lora_rank": 256}, "takes kv_lora_rank 512 and .*, got 256 and 64") for name in VENDOR),
+        ("deep_gemm", {"num_index_heads": 16}, "takes 32 or 64 index heads, got 16"),
+        ("vllm", {"topk": 256}, "takes a top-k of 512, 1024 or 2048, got 256"),
+        ("flash_mla", {"cache_format": "auto"}, "takes the cache format fp8_ds_mla, got auto"),
+        ("flash_mla", {"dtype": torch.float32}, "takes models in bfloat16, got torch.float32"),
+        ("flash_mla", {"num_heads": 256}, "takes at most 128 heads, got 256"),
+        ("flash_mla", {"topk": 100}, "takes a top-k that is a multiple of 64, got 100"),
+        ("flash_attn3", {"cache_format": "fp8_ds_mla"}, "takes the cache format auto .*, got fp8_ds_mla in"),
+        ("flash_attn3", {"dtype": torch.float32}, "takes the cache format auto .*, got auto in torch.float32"),
+    ],
+)
+def test_vendor_rows_say_what_they_do_not_take(monkeypatch, name, change, words):
+    monkeypatch.setattr(dispatch, "is_installed", lambda module: True)
+    refusal = refusal_by(name, replace(VENDOR[name][1], **change))
+    assert refusal is not None
+    assert re.fullmatch(f"{words}.*", refusal)
+
+
+def test_libraries_are_found_without_being_imported():
+    """In a process of its own: here vLLM may have been imported already."""
+    code = (
+        "import sys; from vllm_dsv32.kernels.vendor.libraries import is_installed as found;"
+        "print(found('xml.etree'), found('xml.etree.ElementTree'), found('xml.nothing'), found('vllm.no.such'),"
+        "found('no.such'), 'xml' in sys.modules, 'vllm' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True", "False", "False", "False", "False", "False"]
+    assert is_installed("torch")

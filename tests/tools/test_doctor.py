@@ -92,6 +92,7 @@ def test_plugin_serves_here(runs) -> None:
     assert report["served_by_plugin"]
     assert all(item["ours"] and item["error"] is None for item in report["registrations"])
     assert all(item["chosen"] for item in report["kernels"])
+    assert report["changed_defaults"] == []  # nothing is compiled on a CPU
     assert runs["here"].returncode == 0
     assert "already registered" not in runs["here"].stderr
 
@@ -116,7 +117,12 @@ def test_plugin_bypassed_by_rust_frontend_and_another_plugin(runs) -> None:
 
 
 def test_text_shows_refusals_and_groups_equal_answers() -> None:
-    both = {"operation": "sparse_mla", "chosen": "reference", "implementations": {"reference": None}}
+    both = {
+        "operation": "sparse_mla",
+        "chosen": "reference",
+        "implementations": {"reference": None, "peer": None, "other_peer": "takes cats, got dogs"},
+        "by_name_only": ["peer", "other_peer"],
+    }
     report = doctor.Report(
         versions={"vllm": "0.32.0"},
         tested_with=">=0.32,<0.33",
@@ -132,7 +138,13 @@ def test_text_shows_refusals_and_groups_equal_answers() -> None:
                 cache_format="auto",
                 chosen=None,
                 implementations={"fast": "takes topk 512, got 2048"},
+                by_name_only=[],
             ),
+        ],
+        changed_defaults=[
+            doctor.ChangedDefaultReport(
+                setting="SOME_SETTING", value="0", reason="it takes long", undo="SOME_SETTING=1"
+            )
         ],
         problems=["something is amiss; mend it"],
         served_by_plugin=False,
@@ -141,4 +153,6 @@ def test_text_shows_refusals_and_groups_equal_answers() -> None:
     assert "Some GPU, compute capability 9.0" in text
     assert "auto, fp8_ds_mla" in text
     assert "not fast: takes topk 512, got 2048" in text
+    assert text.count("by name: ") == text.count("by name: peer") == 1
+    assert "SOME_SETTING = 0: it takes long; undone by SOME_SETTING=1" in text
     assert "  1. something is amiss; mend it\nVerdict: `vllm serve` DOES NOT USE" in text

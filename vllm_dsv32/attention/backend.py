@@ -2,10 +2,11 @@
 
 from typing import NoReturn
 
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from vllm_dsv32.attention.metadata import DsaMetadataBuilder
+from vllm_dsv32.attention.metadata import CacheMetadataBuilder, DsaMetadataBuilder
 
 __all__ = ["IndexKeyBackend", "SparseMlaBackend"]
 
@@ -23,7 +24,7 @@ class SparseMlaBackend(AttentionBackend):
         return "DSV32_SPARSE_MLA"
 
     @staticmethod
-    def get_builder_cls() -> type[DsaMetadataBuilder]:
+    def get_builder_cls() -> type[CacheMetadataBuilder]:
         """The builder of a step's metadata."""
         return DsaMetadataBuilder
 
@@ -34,8 +35,8 @@ class SparseMlaBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[int | MultipleOf]:
-        """16 is forced on CPUs without AMX, 64 is what Hopper's kernels like best."""
-        return [MultipleOf(16)]
+        """64 is what a program on a GPU reads at once; 16 is forced on CPUs without AMX."""
+        return [MultipleOf(64 if current_platform.is_cuda() else 16)]
 
     @classmethod
     def is_mla(cls) -> bool:
@@ -59,9 +60,14 @@ class SparseMlaBackend(AttentionBackend):
 
 
 class IndexKeyBackend(SparseMlaBackend):
-    """Of the index-key cache: the same pages and metadata; a class of its own keeps the groups apart."""
+    """Of the index-key cache: the same blocks; what its tokens see is in the latent cache's metadata."""
 
     @staticmethod
     def get_name() -> str:
         """As vLLM logs it."""
         return "DSV32_INDEX_KEYS"
+
+    @staticmethod
+    def get_builder_cls() -> type[CacheMetadataBuilder]:
+        """The builder of a step's metadata."""
+        return CacheMetadataBuilder

@@ -11,7 +11,7 @@ from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.kv_cache_interface import MLAAttentionSpec, SparseCacheRole, get_kv_quant_mode
 
 from vllm_dsv32.attention.backend import IndexKeyBackend, SparseMlaBackend
-from vllm_dsv32.attention.metadata import DsaMetadata
+from vllm_dsv32.attention.metadata import CacheMetadata
 from vllm_dsv32.config import normalise_kv_cache_dtype
 from vllm_dsv32.layout import FP8_DS_MLA, INDEX_KEY_NBYTES, LATENT_FP8_NBYTES
 
@@ -48,7 +48,7 @@ class PagedCache(torch.nn.Module, AttentionLayerBase):
     def get_kv_cache_spec(self, vllm_config: "VllmConfig") -> MLAAttentionSpec:
         """The page format."""
 
-    def metadata(self) -> DsaMetadata | None:
+    def metadata(self) -> CacheMetadata | None:
         """The current step's, or None in a dummy run (profiling, idle data-parallel ranks)."""
         metadata = get_forward_context().attn_metadata
         # A list holds one dict a micro-batch; vLLM narrows the context to the one that runs.

@@ -9,6 +9,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_maybe_dequant_weights
 
 from vllm_dsv32.attention.caches import IndexKeyCache, LatentCache
+from vllm_dsv32.attention.metadata import DsaMetadata
 from vllm_dsv32.compat import keep_plain_weight
 from vllm_dsv32.config import ModelDims, kernel_overrides, kernel_problem
 from vllm_dsv32.kernels.dispatch import select_kernels
@@ -16,8 +17,6 @@ from vllm_dsv32.kernels.dispatch import select_kernels
 if TYPE_CHECKING:
     from vllm.model_executor.layers.layernorm import RMSNorm
     from vllm.model_executor.layers.linear import ColumnParallelLinear
-
-    from vllm_dsv32.attention.metadata import DsaMetadata
 
 __all__ = ["SparseAttention"]
 
@@ -123,7 +122,7 @@ class SparseAttention(LatentCache):
             output: ``[T', N * v]``, overwritten; zeros in a dummy run and for padding.
         """
         metadata, index_metadata = self.metadata(), self.index_keys.metadata()
-        if metadata is None or index_metadata is None:
+        if not isinstance(metadata, DsaMetadata) or index_metadata is None:
             # Data-parallel ranks without work must agree on what the experts see.
             output.zero_()
             return
@@ -160,7 +159,7 @@ class SparseAttention(LatentCache):
             cos_sin_cache,
             self.dims.index_rope_layout,
         )
-        topk_pos = self._select(q_fp8, weights, index_metadata)
+        topk_pos = self._select(q_fp8, weights, metadata, index_metadata.block_table)
         topk_slot, num_valid = self.kernels.topk_slots(
             topk_pos, metadata.request_ids, metadata.block_table, self.kv_cache.shape[1]
         )
@@ -168,20 +167,28 @@ class SparseAttention(LatentCache):
         latent, _ = self.kernels.sparse_mla(mla_q, self.kv_cache, topk_slot, num_valid, self.dims.softmax_scale)
         self.kernels.mla_output(latent, self.get_buffer("w_uv"), output[:num_tokens])
 
-    def _select(self, q_fp8: torch.Tensor, weights: torch.Tensor, metadata: "DsaMetadata") -> torch.Tensor:
-        """The positions that each token attends to, int32 ``[T, K]``, in the shared buffer."""
+    def _select(
+        self, q_fp8: torch.Tensor, weights: torch.Tensor, metadata: DsaMetadata, block_table: torch.Tensor
+    ) -> torch.Tensor:
+        """The positions that each token attends to, int32 ``[T, K]``, in the shared buffer.
+
+        A token that sees no more than K is neither scored nor selected for, whatever the rest of its batch sees.
+        """
         topk_pos = self.topk_indices_buffer[: metadata.num_actual_tokens]
         step = max(1, _LOGITS_NBYTES // (4 * max(1, metadata.max_num_keys)))
         for begin in range(0, metadata.num_actual_tokens, step):
             rows = slice(begin, begin + step)
-            logits = self.kernels.index_logits(
-                q_fp8[rows],
-                weights[rows],
-                self.index_keys.kv_cache,
-                metadata.block_table,
-                metadata.request_ids[rows],
-                metadata.num_keys[rows],
-                metadata.max_num_keys,
-            )
+            if metadata.max_num_keys > topk_pos.shape[1]:
+                logits = self.kernels.index_logits(
+                    q_fp8[rows],
+                    weights[rows],
+                    self.index_keys.kv_cache,
+                    block_table,
+                    metadata.request_ids[rows],
+                    metadata.num_scored[rows],
+                    metadata.max_num_keys,
+                )
+            else:
+                logits = weights.new_empty((topk_pos[rows].shape[0], metadata.max_num_keys))
             self.kernels.topk_select(logits, metadata.num_keys[rows], topk_pos[rows])
         return topk_pos

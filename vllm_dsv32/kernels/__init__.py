@@ -1,7 +1,8 @@
 """The operations of DeepSeek sparse attention: for each a contract, a torch reference, and faster rows.
 
-Nothing here knows vLLM or reads the environment. :mod:`vllm_dsv32.kernels.dispatch` is the one table
-that says which implementations exist and which of them takes a given problem.
+Nothing here reads the environment, and nothing but :mod:`vllm_dsv32.kernels.vendor` knows vLLM.
+:mod:`vllm_dsv32.kernels.dispatch` is the one table that says which implementations exist and which of them
+takes a given problem.
 
 Shapes are written with these letters throughout:
 

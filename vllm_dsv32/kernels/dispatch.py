@@ -4,7 +4,8 @@ A row names an operation, an implementation and the problems that it refuses. :f
 picks, for each operation, the first row that takes the problem, once per layer at construction.
 Every implementation has the signature of the operation's reference, which is also its contract.
 
-To add an implementation, add its row above the slower ones.
+To add an implementation, add its row above the slower ones. Rows of what vLLM itself ships stand last, for
+comparison; they are chosen by name only.
 """
 
 import importlib
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from vllm_dsv32.errors import KernelUnavailableError
+from vllm_dsv32.kernels.vendor.libraries import is_installed
 from vllm_dsv32.layout import FP8_DS_MLA, INDEX_HEAD_DIM, KV_LORA_RANK, ROPE_DIM
 
 __all__ = ["KERNELS", "OPERATIONS", "Kernel", "KernelSet", "Problem", "explain", "select_kernels"]
@@ -55,6 +57,8 @@ class Kernel:
     refuse: Callable[[Problem], Refusal]
     graph_capturable: bool
     """Whether a call neither synchronises with the host nor depends on the addresses of a past call."""
+    by_name_only: bool = False
+    """Chosen on request and never otherwise."""
 
     def load(self) -> Callable[..., Any]:
         """Import the implementation."""
@@ -66,6 +70,7 @@ class Kernel:
 class KernelSet:
     """The chosen implementation of each operation; see the module of that name for its contract."""
 
+    token_keys: Callable[..., None]
     latent_insert: Callable[..., None]
     index_insert: Callable[..., None]
     mla_query: Callable[..., torch.Tensor]
@@ -135,9 +140,57 @@ def _reference(operation: str) -> Kernel:
     return Kernel(operation, "reference", target, _reference_refuses, graph_capturable=False)
 
 
+def _library_refuses(problem: Problem, *modules: str) -> Refusal:
+    """Kernels in any of the libraries that vLLM's wheel for CUDA has and others lack."""
+    refusal = _cuda_refuses(problem)
+    if refusal is None and not any(is_installed(module) for module in modules):
+        return f"needs {' or '.join(modules)}, which is not installed; vLLM's wheel for CUDA has it"
+    return refusal
+
+
+def _hopper_refuses(problem: Problem, *modules: str) -> Refusal:
+    if problem.device_type == "cuda" and (problem.capability is None or problem.capability[0] != 9):
+        return f"takes compute capability 9.0, got {_dotted(problem.capability)}"
+    return _library_refuses(problem, *modules)
+
+
+def _deep_gemm_refuses(problem: Problem) -> Refusal:
+    if problem.num_index_heads not in (32, 64):
+        return f"takes 32 or 64 index heads, got {problem.num_index_heads}"
+    return _hopper_refuses(problem, "vllm.third_party.deep_gemm", "deep_gemm")
+
+
+def _vllm_topk_refuses(problem: Problem) -> Refusal:
+    if problem.topk not in (512, 1024, 2048):
+        return f"takes a top-k of 512, 1024 or 2048, got {problem.topk}"
+    return _library_refuses(problem, "vllm._C_stable_libtorch")
+
+
+def _flash_mla_refuses(problem: Problem) -> Refusal:
+    if problem.cache_format != FP8_DS_MLA:
+        return f"takes the cache format {FP8_DS_MLA}, got {problem.cache_format}"
+    if problem.dtype != torch.bfloat16:
+        return f"takes models in bfloat16, got {problem.dtype}"
+    if problem.num_heads > 128:
+        return f"takes at most 128 heads, got {problem.num_heads}"
+    if problem.topk % 64:
+        return f"takes a top-k that is a multiple of 64, got {problem.topk}"
+    return _hopper_refuses(problem, "vllm._flashmla_C")
+
+
+def _flash_attn3_refuses(problem: Problem) -> Refusal:
+    if problem.cache_format != "auto" or problem.dtype != torch.bfloat16:
+        return f"takes the cache format auto in bfloat16, got {problem.cache_format} in {problem.dtype}"
+    return _hopper_refuses(problem, "vllm.vllm_flash_attn._vllm_fa3_C")
+
+
+def _vendor(operation: str, name: str, refuse: Callable[[Problem], Refusal]) -> Kernel:
+    target = f"vllm_dsv32.kernels.vendor.{name}_{operation}:{operation}"
+    return Kernel(operation, name, target, refuse, graph_capturable=True, by_name_only=True)
+
+
 KERNELS: list[Kernel] = [
-    # Above what is faster until that has run on a GPU; until then it is chosen by name.
-    *(_reference(operation) for operation in OPERATIONS),
+    _triton("token_keys"),
     _triton("latent_insert"),
     _triton("index_insert"),
     _triton("mla_query"),
@@ -153,8 +206,13 @@ KERNELS: list[Kernel] = [
         refuse=_cuda_refuses,
         graph_capturable=True,
     ),
+    *(_reference(operation) for operation in OPERATIONS),
+    _vendor("index_logits", "deep_gemm", _deep_gemm_refuses),
+    _vendor("topk_select", "vllm", _vllm_topk_refuses),
+    _vendor("sparse_mla", "flash_mla", _flash_mla_refuses),
+    _vendor("sparse_mla", "flash_attn3", _flash_attn3_refuses),
 ]
-"""The first row of an operation that takes a problem is chosen."""
+"""The first row of an operation that takes a problem, and need not be named, is chosen."""
 
 
 def explain(operation: str, problem: Problem) -> list[tuple[Kernel, Refusal]]:
@@ -190,7 +248,7 @@ def select_kernels(problem: Problem, overrides: Mapping[str, str] | None = None)
 def _choose(operation: str, problem: Problem, wanted: str | None) -> Kernel:
     rows = explain(operation, problem)
     for kernel, refusal in rows:
-        if refusal is None and wanted in (None, kernel.name):
+        if refusal is None and (kernel.name == wanted or (wanted is None and not kernel.by_name_only)):
             return kernel
     asked = f" called {wanted}" if wanted else ""
     reasons = "; ".join(f"{kernel.name}: {refusal or 'would take it'}" for kernel, refusal in rows)

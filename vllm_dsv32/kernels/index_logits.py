@@ -34,7 +34,7 @@ def reference(
         max_num_keys: at least ``max(num_keys)``; the width of the result.
 
     Returns:
-        float32 ``[T, max_num_keys]``, -inf from ``num_keys[t]`` on.
+        float32 ``[T, max_num_keys]``; what lies at or past ``num_keys[t]`` is unspecified.
     """
     logits = q_fp8.new_full((q_fp8.shape[0], max_num_keys), -torch.inf, dtype=torch.float32)
     views = index_key_views(cache)

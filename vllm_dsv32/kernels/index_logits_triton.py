@@ -20,6 +20,8 @@ from vllm_dsv32.layout import INDEX_HEAD_DIM, index_key_views
 
 __all__ = ["Tiling", "compilations", "index_logits", "tiling"]
 
+_NUM_HEADS = 64
+_MAX_COLUMNS = 256
 _TWO_POW_16 = tl.constexpr(2.0**16)
 
 
@@ -41,7 +43,7 @@ class Tiling:
     num_stages: int
 
 
-def tiling(capability: tuple[int, int] | None, rows_per_request: float) -> Tiling:
+def tiling(capability: tuple[int, int] | None, num_heads: int, rows_per_request: float) -> Tiling:
     """The one place to tune; a capability of None is Triton's interpreter.
 
     A decoding request has one row, or a few with speculation, and reads its keys from memory: small tiles,
@@ -49,13 +51,18 @@ def tiling(capability: tuple[int, int] | None, rows_per_request: float) -> Tilin
     tile the less of it, up to the accumulators that fit the registers.
     """
     num_rows = 1 if rows_per_request < 2 else 2 if rows_per_request < 8 else 4
+    # The heads of all rows are columns of one product: a wgmma has at most 256, and wider ones came out wrong.
+    num_rows = max(1, min(num_rows, _MAX_COLUMNS // _padded(num_heads)))
     if capability is None:
         return Tiling(num_rows, 16, 3, num_rows > 1, False, 1, 1)
     native_fp8 = capability >= (8, 9)
     # Of the stages, one half is the look-up of a key's block and the other half the keys themselves.
     num_stages = 7
     if capability[0] == 9:
-        return Tiling(num_rows, 64, 1024, True, native_fp8, 4, num_stages)
+        if num_rows == 4:
+            num_stages = 5
+        # Five decoding programs fit an SM, by shared memory: for up to 128 rows 640 are one wave of 132 SMs.
+        return Tiling(num_rows, 64, 640 if num_rows == 1 else 1024, True, native_fp8, 4, num_stages)
     num_rows = min(num_rows, 2)
     if capability[0] == 10:
         return Tiling(num_rows, 128, 1024, True, native_fp8, 4 * num_rows, num_stages)
@@ -70,7 +77,7 @@ def _float16_from_e4m3(byte: tl.tensor) -> tl.tensor:
 
 
 @triton.jit(
-    do_not_specialize=["num_rows", "width"],
+    do_not_specialize=["num_rows"],
     do_not_specialize_on_alignment=["request_ids_ptr", "num_keys_ptr"],
 )
 def _index_logits_kernel(
@@ -83,7 +90,6 @@ def _index_logits_kernel(
     num_keys_ptr: tl.tensor,
     logits_ptr: tl.tensor,
     num_rows: tl.tensor,
-    width: tl.tensor,
     key_page_stride: tl.tensor,
     scale_page_stride: tl.tensor,
     block_table_stride: tl.tensor,
@@ -105,13 +111,6 @@ def _index_logits_kernel(
     exists = row < num_rows
     num_keys = tl.load(num_keys_ptr + row, mask=exists, other=0)
     logits = logits_ptr + row.to(tl.int64) * logits_stride
-
-    FILL: tl.constexpr = 8 * KEYS // ROWS
-    fill_begin = tl.min(tl.where(exists, num_keys, width)) // FILL * FILL
-    for start in range(fill_begin + split * FILL, width, num_splits * FILL):
-        pos = start + tl.arange(0, FILL)
-        unseen = exists[:, None] & (pos[None, :] >= num_keys[:, None]) & (pos[None, :] < width)
-        tl.store(logits[:, None] + pos[None, :], float("-inf"), mask=unseen)
 
     if split * KEYS >= tl.max(num_keys):
         return
@@ -188,7 +187,7 @@ def index_logits(
     if logits.numel() == 0:
         return logits
     capability = torch.cuda.get_device_capability(q_fp8.device) if q_fp8.is_cuda else None
-    tiles = tiling(capability, num_rows / block_table.shape[0])
+    tiles = tiling(capability, num_heads, num_rows / block_table.shape[0])
     num_row_tiles = triton.cdiv(num_rows, tiles.num_rows)
     num_splits = min(triton.cdiv(max_num_keys, tiles.num_keys), triton.cdiv(tiles.num_programs, num_row_tiles))
     views = index_key_views(cache)
@@ -202,7 +201,6 @@ def index_logits(
         num_keys,
         logits,
         num_rows,
-        max_num_keys,
         views.key_fp8.stride(0),
         views.key_scale.stride(0),
         block_table.stride(0),
@@ -217,7 +215,7 @@ def index_logits(
 def _constexprs(num_heads: int, head_dim: int, block_size: int, tiles: Tiling) -> dict[str, object]:
     return {
         "NUM_HEADS": num_heads,
-        "HEADS": max(16, triton.next_power_of_2(num_heads)),
+        "HEADS": _padded(num_heads),
         "HEAD_DIM": head_dim,
         "BLOCK_SIZE": block_size,
         "ROWS": tiles.num_rows,
@@ -228,10 +226,14 @@ def _constexprs(num_heads: int, head_dim: int, block_size: int, tiles: Tiling) -
     }
 
 
+def _padded(num_heads: int) -> int:
+    return max(16, triton.next_power_of_2(num_heads))
+
+
 def compilations(capability: tuple[int, int]) -> Iterator[Compilation]:
-    """The kernel for DeepSeek-V3.2's 64 index heads, in each shape of batch."""
+    """The kernel for DeepSeek-V3.2's index heads, in each shape of batch."""
     for batch, rows_per_request in (("decode", 1), ("speculative decode", 2), ("prefill", 1024)):
-        tiles = tiling(capability, rows_per_request)
+        tiles = tiling(capability, _NUM_HEADS, rows_per_request)
         yield Compilation(
             name=f"index_logits {batch}",
             kernel=_index_logits_kernel,
@@ -245,13 +247,12 @@ def compilations(capability: tuple[int, int]) -> Iterator[Compilation]:
                 "num_keys_ptr": "*i32",
                 "logits_ptr": "*fp32",
                 "num_rows": "i32",
-                "width": "i32",
                 "key_page_stride": "i32",
                 "scale_page_stride": "i32",
                 "block_table_stride": "i32",
                 "logits_stride": "i32",
             },
-            constexprs=_constexprs(64, INDEX_HEAD_DIM, 64, tiles),
+            constexprs=_constexprs(_NUM_HEADS, INDEX_HEAD_DIM, 64, tiles),
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
         )

@@ -23,6 +23,10 @@
         "cache_format": str,               "auto" (bf16) or "fp8_ds_mla"
         "chosen": str | null,              the fastest that takes it, null if none does
         "implementations": {str: str|null} fastest first, each with its refusal or null
+        "by_name_only": [str]              those of them that are chosen on request and never otherwise
+      }],
+      "changed_defaults": [{               of vLLM's settings, so that a start does not compile for long
+        "setting": str, "value": str, "reason": str, "undo": str
       }],
       "problems": [str],                   why the verdict is negative, each with what to do
       "served_by_plugin": bool             the verdict: no problems
@@ -74,6 +78,16 @@ class KernelReport(TypedDict):
     cache_format: str
     chosen: str | None
     implementations: dict[str, str | None]
+    by_name_only: list[str]
+
+
+class ChangedDefaultReport(TypedDict):
+    """One setting of vLLM's that the plugin changes here unless the user sets it."""
+
+    setting: str
+    value: str
+    reason: str
+    undo: str
 
 
 class Report(TypedDict):
@@ -84,6 +98,7 @@ class Report(TypedDict):
     platform: PlatformReport
     registrations: list[RegistrationReport]
     kernels: list[KernelReport]
+    changed_defaults: list[ChangedDefaultReport]
     problems: list[str]
     served_by_plugin: bool
 
@@ -115,6 +130,7 @@ def examine() -> Report:
         platform=here,
         registrations=registrations,
         kernels=kernels,
+        changed_defaults=_changed_defaults(here),
         problems=problems,
         served_by_plugin=not problems,
     )
@@ -199,12 +215,29 @@ def _kernels(here: PlatformReport) -> list[KernelReport]:
             topk=2048,
         )
         for operation in OPERATIONS:
-            answers = {kernel.name: refusal for kernel, refusal in explain(operation, problem)}
-            chosen = next((name for name, refusal in answers.items() if refusal is None), None)
+            rows = explain(operation, problem)
+            takers = [row.name for row, refusal in rows if refusal is None and not row.by_name_only]
             reports.append(
-                KernelReport(operation=operation, cache_format=cache_format, chosen=chosen, implementations=answers)
+                KernelReport(
+                    operation=operation,
+                    cache_format=cache_format,
+                    chosen=takers[0] if takers else None,
+                    implementations={row.name: refusal for row, refusal in rows},
+                    by_name_only=[row.name for row, _ in rows if row.by_name_only],
+                )
             )
     return reports
+
+
+def _changed_defaults(here: PlatformReport) -> list[ChangedDefaultReport]:
+    from vllm.config import KernelConfig
+
+    from vllm_dsv32.startup import changes
+
+    return [
+        ChangedDefaultReport(setting=change.setting, value=change.value, reason=change.reason, undo=change.undo)
+        for change in changes(KernelConfig(), here["capability"])
+    ]
 
 
 def _environment_problems() -> list[str]:
@@ -272,12 +305,16 @@ def _kernel_problems(kernels: list[KernelReport]) -> list[str]:
 
 def _by_answer(
     kernels: list[KernelReport],
-) -> dict[tuple[str, str | None, tuple[tuple[str, str], ...]], list[str]]:
+) -> dict[tuple[str, str | None, tuple[tuple[str, str], ...], tuple[str, ...]], list[str]]:
     """Group the cache formats for which an operation has the same answer."""
-    groups: dict[tuple[str, str | None, tuple[tuple[str, str], ...]], list[str]] = {}
+    groups: dict[tuple[str, str | None, tuple[tuple[str, str], ...], tuple[str, ...]], list[str]] = {}
     for item in kernels:
-        refusals = tuple((name, refusal) for name, refusal in item["implementations"].items() if refusal)
-        groups.setdefault((item["operation"], item["chosen"], refusals), []).append(item["cache_format"])
+        answers = item["implementations"]
+        refusals = tuple((name, refusal) for name, refusal in answers.items() if refusal)
+        on_request = tuple(name for name in item["by_name_only"] if answers[name] is None)
+        groups.setdefault((item["operation"], item["chosen"], refusals, on_request), []).append(
+            item["cache_format"]
+        )
     return groups
 
 
@@ -299,11 +336,16 @@ def render(report: Report) -> str:
         broken = "  DOES NOT IMPORT" if item["error"] else ""
         lines.append(f"  {item['surface']:<18}{item['name']:<24}{owned:<10}{item['owner']}{broken}")
     lines.append("Kernels (DeepSeek-V3.2 in bfloat16, 16 heads a device; by operation and cache format)")
-    for (operation, chosen, refusals), formats in _by_answer(report["kernels"]).items():
+    for (operation, chosen, refusals, on_request), formats in _by_answer(report["kernels"]).items():
         lines.append(f"  {operation:<18}{', '.join(formats):<24}{chosen or 'NONE'}")
+        lines += [f"  {'':<42}by name: {name}" for name in on_request]
         lines += [f"  {'':<42}not {name}: {refusal}" for name, refusal in refusals]
     if any(kernel["chosen"] == "reference" for kernel in report["kernels"]):
         lines.append("  The reference kernels are plain torch: right, and slow.")
+    if report["changed_defaults"]:
+        lines.append("Defaults of vLLM that change, so that a start does not compile for long")
+    for change in report["changed_defaults"]:
+        lines.append(f"  {change['setting']} = {change['value']}: {change['reason']}; undone by {change['undo']}")
     if report["problems"]:
         lines.append("Problems")
         lines += [f"  {number}. {problem}" for number, problem in enumerate(report["problems"], 1)]

@@ -1,0 +1,1 @@
+"""The pieces of ``eval/kernels.py``: problems, the two sides, timing, and the table."""

@@ -1,0 +1,58 @@
+"""Time of a GPU operation: CUDA-graph replays over rotated inputs, contestants in turn."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+__all__ = ["microseconds"]
+
+Call = Callable[[], object]
+
+_REPEATS = 7
+_MIN_CALLS = 20
+_ENOUGH_MICROSECONDS = 20_000.0
+"""Of one replay; long calls are repeated less often."""
+
+
+def microseconds(contestants: Mapping[str, Sequence[Call]]) -> dict[str, float]:
+    """The median time of one call of each contestant.
+
+    Args:
+        contestants: name to calls of the same operation on different inputs, which together exceed the L2
+            cache unless the problem itself is meant to stay in it. A call must be capturable in a graph.
+    """
+    graphs = {name: _capture(calls) for name, calls in contestants.items()}
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for graph, _ in graphs.values():
+        graph.replay()
+    for _ in range(_REPEATS):
+        for name, (graph, num_calls) in graphs.items():
+            times[name].append(1e3 * _elapsed_ms(graph.replay) / num_calls)
+    return {name: statistics.median(series) for name, series in times.items()}
+
+
+def _capture(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, int]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:  # compiles, and allocates what stays
+            call()
+        torch.cuda.synchronize()
+        once = 1e3 * _elapsed_ms(calls[0])
+    num_calls = max(len(calls), min(_MIN_CALLS, int(_ENOUGH_MICROSECONDS / once) + 1))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(num_calls):
+            calls[i % len(calls)]()
+    return graph, num_calls
+
+
+def _elapsed_ms(run: Call) -> float:
+    torch.cuda.synchronize()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)

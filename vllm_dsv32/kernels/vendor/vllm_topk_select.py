@@ -1,0 +1,40 @@
+"""Operation ``topk_select`` by vLLM's own top-k kernels."""
+
+import torch
+from vllm import _custom_ops as ops
+
+__all__ = ["topk_select"]
+
+_WORKSPACE_NBYTES = 1 << 20
+_MAX_COOPERATIVE_ROWS = 64
+_MIN_PREFILL_ROWS = 512
+
+
+def topk_select(logits: torch.Tensor, num_keys: torch.Tensor, topk_pos: torch.Tensor) -> None:
+    """The set of :func:`vllm_dsv32.kernels.topk_select.reference`, but for ties and order.
+
+    Which of equal logits win, and the order of the positions, are the kernels' own and may differ from run to
+    run. The valid positions still come first, and -1 in what is left over.
+
+    The kernel is the one that vLLM takes for a decode batch of up to 64 rows, for a larger one, and for
+    prefill; as a batch here does not say what it is, 512 rows or more count as prefill.
+    """
+    topk_pos.fill_(-1)
+    num_rows, width = logits.shape
+    k = topk_pos.shape[1]
+    if num_rows == 0 or width == 0:
+        return
+    if num_rows >= _MIN_PREFILL_ROWS:
+        begins = torch.zeros_like(num_keys)
+        ops.top_k_per_row_prefill(logits, begins, num_keys, topk_pos, num_rows, *logits.stride(), k)
+        return
+    # Zeros: no kernel promises to clear what another one left there.
+    workspace = torch.zeros(_WORKSPACE_NBYTES, dtype=torch.uint8, device=logits.device)
+    cooperative = num_rows <= _MAX_COOPERATIVE_ROWS and logits.stride(0) % 4 == 0 and _has_clusters(logits.device)
+    select = torch.ops._C.cooperative_topk if cooperative else torch.ops._C.persistent_topk
+    select(logits, num_keys, topk_pos, workspace, k, width)
+
+
+def _has_clusters(device: torch.device) -> bool:
+    """Of a size that the cooperative kernel needs."""
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
