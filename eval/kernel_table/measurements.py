@@ -22,6 +22,7 @@ from kernel_table.table import Row
 from kernel_table.timing import microseconds
 from vllm_dsv32.kernels import index_logits, sparse_mla
 from vllm_dsv32.kernels.dispatch import KernelSet, Problem, select_kernels
+from vllm_dsv32.kernels.selection import select
 from vllm_dsv32.layout import FP8_DS_MLA, LATENT_FP8_NBYTES
 
 __all__ = ["FAILURES", "index_decode", "index_prefill", "our_kernels", "problem", "sparse_decode", "sparse_prefill"]
@@ -31,8 +32,6 @@ FAILURES = (RuntimeError, TritonError)
 
 SCALE = 0.04
 PREFILL_ROWS = 4096
-OUR_LOGITS_NBYTES = 256 << 20
-"""As in ``vllm_dsv32/attention/sparse_attention.py``."""
 VLLM_LOGITS_NBYTES = 512 << 20
 """vLLM's default of VLLM_SPARSE_INDEXER_MAX_LOGITS_MB."""
 
@@ -196,8 +195,7 @@ def _index(
     cache = _index_keys()
     kernels = our_kernels()
     name = "+".join(sorted({kernels.names["index_logits"], kernels.names["topk_select"]}))
-    our_step = max(1, OUR_LOGITS_NBYTES // (4 * inputs[0].max_num_keys))
-    ours = {name: [_selection(_our_logits(kernels, x, cache), kernels.topk_select, x, our_step) for x in inputs]}
+    ours = {name: [_our_selection(kernels, x, cache) for x in inputs]}
     others: Contestants = {}
 
     x = inputs[0]
@@ -263,8 +261,30 @@ def _our_logits(kernels: KernelSet, x: IndexProblem, cache: torch.Tensor) -> pee
     )
 
 
+def _our_selection(kernels: KernelSet, x: IndexProblem, cache: torch.Tensor) -> Call:
+    """As a layer does it; every row is scored."""
+    topk_pos = torch.full((len(x.num_keys), TOPK), -1, dtype=torch.int32, device="cuda")
+
+    def call() -> torch.Tensor:
+        select(
+            kernels,
+            x.q_fp8,
+            x.weights,
+            cache,
+            x.block_table,
+            x.request_ids,
+            x.num_keys,
+            x.num_keys,
+            x.max_num_keys,
+            topk_pos,
+        )
+        return topk_pos
+
+    return call
+
+
 def _selection(logits: peers.Logits, topk: TopkOp, x: IndexProblem, step: int) -> Call:
-    """Logits of so many rows at a time, and the top-k of them, as a layer does it."""
+    """Logits of so many rows at a time, and the top-k of them, as vLLM's layer does it."""
     num_rows = len(x.num_keys)
     topk_pos = torch.full((num_rows, TOPK), -1, dtype=torch.int32, device="cuda")
     ends = [*range(0, num_rows, step), num_rows]

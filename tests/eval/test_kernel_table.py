@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from kernel_table import measurements, peers
 from kernel_table.agreement import num_wrong_rows, relative_difference
 from kernel_table.table import Goal, Row, report, row_text, summary, summary_text
-from vllm_dsv32.kernels import dispatch, index_logits, sparse_mla, topk_select
+from vllm_dsv32.kernels import dispatch, index_logits, selection, sparse_mla, topk_select
 
 SCRIPT = Path(__file__).parents[2] / "eval/kernels.py"
 
@@ -126,7 +126,7 @@ def small(monkeypatch):
     monkeypatch.setattr(measurements, "_num_inputs", lambda nbytes: 2)
     monkeypatch.setattr(measurements, "microseconds", microseconds)
     monkeypatch.setattr(measurements, "PREFILL_ROWS", 6)
-    monkeypatch.setattr(measurements, "OUR_LOGITS_NBYTES", 4 * 4096 * 4)
+    monkeypatch.setattr(selection, "LOGITS_NBYTES", 4 * 4096 * 4)
     monkeypatch.setattr(measurements, "VLLM_LOGITS_NBYTES", 4 * 4096 * 5)
     monkeypatch.setattr(measurements, "_INDEX_BLOCKS", 128)
     monkeypatch.setattr(measurements, "_LATENT_BLOCKS", 64)
@@ -269,11 +269,6 @@ def test_peers_are_refused_with_the_reason_of_our_rows_for_them(monkeypatch):
     assert list(peers.refusals(measurements.problem())) == ["DeepGEMM"]
     monkeypatch.setattr(dispatch, "is_installed", lambda module: True)
     assert peers.refusals(measurements.problem()) == {}
-
-
-def test_ours_is_chunked_as_in_a_layer():
-    sparse_attention = pytest.importorskip("vllm_dsv32.attention.sparse_attention")
-    assert sparse_attention._LOGITS_NBYTES == measurements.OUR_LOGITS_NBYTES
 
 
 @pytest.fixture

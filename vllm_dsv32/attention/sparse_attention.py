@@ -1,5 +1,6 @@
 """DeepSeek sparse attention over the two caches: write, score, select, attend."""
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,8 @@ from vllm_dsv32.attention.metadata import DsaMetadata
 from vllm_dsv32.compat import keep_plain_weight
 from vllm_dsv32.config import ModelDims, kernel_overrides, kernel_problem
 from vllm_dsv32.kernels.dispatch import select_kernels
+from vllm_dsv32.kernels.selection import select
+from vllm_dsv32.kernels.warmup import warm_up
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.layernorm import RMSNorm
@@ -21,9 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["SparseAttention"]
 
 logger = init_logger("vllm.plugins.dsv32")
-
-_LOGITS_NBYTES = 256 << 20
-"""Bound on the index logits that are held at once; longer batches are scored in chunks of rows."""
 
 
 class SparseAttention(LatentCache):
@@ -68,8 +68,15 @@ class SparseAttention(LatentCache):
         keep_plain_weight(kv_b_proj)
         self.index_k_norm = index_k_norm
         vllm_config = get_current_vllm_config()
-        self.kernels = select_kernels(
-            kernel_problem(vllm_config, self.kv_cache_dtype), kernel_overrides(vllm_config)
+        problem, overrides = kernel_problem(vllm_config, self.kv_cache_dtype), kernel_overrides(vllm_config)
+        self.kernels = select_kernels(problem, overrides)
+        self._warm_up = partial(
+            warm_up,
+            problem,
+            tuple(sorted(overrides.items())),
+            vllm_config.model_config.max_model_len,
+            vllm_config.scheduler_config.max_num_batched_tokens,
+            vllm_config.scheduler_config.max_num_seqs,
         )
         logger.info_once(
             "vllm-dsv32 serves this model; KV cache %s; kernels: %s",
@@ -78,13 +85,17 @@ class SparseAttention(LatentCache):
         )
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Split ``kv_b_proj`` into ``w_uk_t`` ``[N, nope, rank]`` and ``w_uv`` ``[N, rank, v]``. vLLM calls it."""
+        """Split ``kv_b_proj`` into ``w_uk_t`` ``[N, nope, rank]`` and ``w_uv`` ``[N, rank, v]``; compile kernels.
+
+        vLLM calls it, before it measures how much memory is left for the caches.
+        """
         dims = self.dims
         weight = get_and_maybe_dequant_weights(self.kv_b_proj, out_dtype=act_dtype)
         per_head = weight.view(self.num_heads, dims.nope_dim + dims.v_dim, dims.kv_lora_rank)
         w_uk_t, w_uv_t = per_head.split([dims.nope_dim, dims.v_dim], dim=1)
         self._set_buffer("w_uk_t", w_uk_t.contiguous())
         self._set_buffer("w_uv", w_uv_t.transpose(1, 2).contiguous())
+        self._warm_up()
 
     def _set_buffer(self, name: str, value: torch.Tensor) -> None:
         """In place on a reload, so that captured graphs keep reading the right memory."""
@@ -159,36 +170,22 @@ class SparseAttention(LatentCache):
             cos_sin_cache,
             self.dims.index_rope_layout,
         )
-        topk_pos = self._select(q_fp8, weights, metadata, index_metadata.block_table)
+        topk_pos = self.topk_indices_buffer[:num_tokens]
+        select(
+            self.kernels,
+            q_fp8,
+            weights,
+            self.index_keys.kv_cache,
+            index_metadata.block_table,
+            metadata.request_ids,
+            metadata.num_keys,
+            metadata.num_scored,
+            metadata.max_num_keys,
+            topk_pos,
+        )
         topk_slot, num_valid = self.kernels.topk_slots(
             topk_pos, metadata.request_ids, metadata.block_table, self.kv_cache.shape[1]
         )
         mla_q = self.kernels.mla_query(q[:num_tokens], self.get_buffer("w_uk_t"), positions, cos_sin_cache)
         latent, _ = self.kernels.sparse_mla(mla_q, self.kv_cache, topk_slot, num_valid, self.dims.softmax_scale)
         self.kernels.mla_output(latent, self.get_buffer("w_uv"), output[:num_tokens])
-
-    def _select(
-        self, q_fp8: torch.Tensor, weights: torch.Tensor, metadata: DsaMetadata, block_table: torch.Tensor
-    ) -> torch.Tensor:
-        """The positions that each token attends to, int32 ``[T, K]``, in the shared buffer.
-
-        A token that sees no more than K is neither scored nor selected for, whatever the rest of its batch sees.
-        """
-        topk_pos = self.topk_indices_buffer[: metadata.num_actual_tokens]
-        step = max(1, _LOGITS_NBYTES // (4 * max(1, metadata.max_num_keys)))
-        for begin in range(0, metadata.num_actual_tokens, step):
-            rows = slice(begin, begin + step)
-            if metadata.max_num_keys > topk_pos.shape[1]:
-                logits = self.kernels.index_logits(
-                    q_fp8[rows],
-                    weights[rows],
-                    self.index_keys.kv_cache,
-                    block_table,
-                    metadata.request_ids[rows],
-                    metadata.num_scored[rows],
-                    metadata.max_num_keys,
-                )
-            else:
-                logits = weights.new_empty((topk_pos[rows].shape[0], metadata.max_num_keys))
-            self.kernels.topk_select(logits, metadata.num_keys[rows], topk_pos[rows])
-        return topk_pos

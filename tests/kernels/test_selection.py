@@ -1,0 +1,75 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kernels.inputs import PROBLEM, index_cache
+from vllm_dsv32.kernels import selection, warmup
+from vllm_dsv32.kernels.dispatch import select_kernels
+from vllm_dsv32.layout import index_key_views
+
+ON_A_CPU = replace(PROBLEM, device_type="cpu", capability=None, topk=24)
+KERNELS = select_kernels(ON_A_CPU)
+NUM_KEYS = [5, 24, 25, 60, 0, 61, 62]
+
+
+def select(kernels, generator, num_keys, max_num_keys):
+    cache = index_cache(4, 16)
+    views = index_key_views(cache)
+    views.key_fp8.copy_(torch.randn(views.key_fp8.shape, generator=generator))
+    views.key_scale.fill_(0.5)
+    num_keys = torch.tensor(num_keys, dtype=torch.int32)
+    topk_pos = torch.full((len(num_keys), ON_A_CPU.topk), -7, dtype=torch.int32)
+    selection.select(
+        kernels,
+        torch.randn(len(num_keys), 4, 128, generator=generator).to(torch.float8_e4m3fn),
+        torch.randn(len(num_keys), 4, generator=generator),
+        cache,
+        torch.tensor([[2, 0, 3, 1]], dtype=torch.int32),
+        torch.zeros_like(num_keys),
+        num_keys,
+        num_keys.masked_fill(num_keys <= ON_A_CPU.topk, 0),
+        max_num_keys,
+        topk_pos,
+    )
+    return topk_pos
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 3])
+def test_chunks_give_what_the_whole_gives(monkeypatch, rows_at_once):
+    whole = select(KERNELS, torch.Generator().manual_seed(1), NUM_KEYS, 64)
+    assert [(row >= 0).sum().item() for row in whole] == [min(24, n) for n in NUM_KEYS]
+    monkeypatch.setattr(selection, "LOGITS_NBYTES", 4 * 64 * rows_at_once)
+    assert torch.equal(select(KERNELS, torch.Generator().manual_seed(1), NUM_KEYS, 64), whole)
+
+
+def test_where_all_rows_are_short_nothing_is_scored(generator):
+    def score(*_):
+        raise AssertionError
+
+    topk_pos = select(replace(KERNELS, index_logits=score), generator, [24, 3, 0], 24)
+    assert topk_pos.tolist() == [[*range(n), *[-1] * (24 - n)] for n in (24, 3, 0)]
+
+
+def test_warming_up_covers_decode_speculation_and_prefill(monkeypatch):
+    """With the references; no GPU is needed to see which batches are run, and that the inputs fit the contracts."""
+    batches = []
+
+    def score(q_fp8, weights, cache, block_table, request_ids, num_keys, width):
+        batches.append((len(block_table), len(q_fp8), width))
+        return KERNELS.index_logits(q_fp8, weights, cache, block_table, request_ids, num_keys, width)
+
+    monkeypatch.setattr(warmup, "select_kernels", lambda *_: replace(KERNELS, index_logits=score))
+    run = warmup._run
+    monkeypatch.setattr(warmup, "_run", lambda kernels, problem, *shape: run(kernels, ON_A_CPU, *shape))
+    warmup.warm_up.__wrapped__(replace(ON_A_CPU, device_type="cuda"), (), 100, 40, 6)
+    assert batches == [
+        (num_requests, num_tokens, width)
+        for num_requests, num_tokens in ((1, 1), (2, 2), (4, 4), (1, 2), (1, 4), (1, 40))
+        for width in (48, 100)
+    ]
+
+
+def test_off_cuda_nothing_is_warmed_up(monkeypatch):
+    monkeypatch.setattr(warmup, "_run", None)
+    warmup.warm_up.__wrapped__(ON_A_CPU, (), 100, 40, 6)

@@ -1,0 +1,52 @@
+"""Scoring and selecting with a bound on the logits that are held at once."""
+
+import torch
+
+from vllm_dsv32.kernels.dispatch import KernelSet
+
+__all__ = ["LOGITS_NBYTES", "select"]
+
+LOGITS_NBYTES = 256 << 20
+"""Bound on the index logits that are held at once; longer batches are scored in chunks of rows."""
+
+
+def select(
+    kernels: KernelSet,
+    q_fp8: torch.Tensor,
+    weights: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    request_ids: torch.Tensor,
+    num_keys: torch.Tensor,
+    num_scored: torch.Tensor,
+    max_num_keys: int,
+    topk_pos: torch.Tensor,
+) -> None:
+    """Write the positions that each token attends to.
+
+    A token that sees no more than K is neither scored nor selected for, whatever the rest of its batch sees.
+
+    Args:
+        kernels: ``index_logits`` and ``topk_select`` of them are used, under whose contracts the arguments are
+            explained.
+        q_fp8: float8_e4m3fn ``[T, H, D]``.
+        weights: float32 ``[T, H]``.
+        cache: the index-key cache.
+        block_table: int32 ``[R, max_blocks]``.
+        request_ids: int32 ``[T]``.
+        num_keys: int32 ``[T]``.
+        num_scored: int32 ``[T]``, as ``token_keys`` writes it.
+        max_num_keys: at least ``max(num_keys)``.
+        topk_pos: int32 ``[T, K]``, overwritten.
+    """
+    num_tokens, k = topk_pos.shape
+    step = max(1, LOGITS_NBYTES // (4 * max(1, max_num_keys)))
+    for begin in range(0, num_tokens, step):
+        rows = slice(begin, begin + step)
+        if max_num_keys > k:
+            logits = kernels.index_logits(
+                q_fp8[rows], weights[rows], cache, block_table, request_ids[rows], num_scored[rows], max_num_keys
+            )
+        else:  # which rows of so few keys do not read
+            logits = weights.new_empty((topk_pos[rows].shape[0], max_num_keys))
+        kernels.topk_select(logits, num_keys[rows], topk_pos[rows])

@@ -1,0 +1,86 @@
+"""Compiling, before the first request, what a batch's shape decides on."""
+
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+
+from vllm_dsv32.kernels.dispatch import KernelSet, Problem, select_kernels
+from vllm_dsv32.kernels.selection import LOGITS_NBYTES, select
+from vllm_dsv32.layout import FP8_DS_MLA, INDEX_KEY_NBYTES, LATENT_FP8_NBYTES
+
+__all__ = ["warm_up"]
+
+_BLOCK_SIZE = 64
+_FEW_KEYS = 8
+
+
+@cache
+def warm_up(
+    problem: Problem,
+    overrides: tuple[tuple[str, str], ...],
+    max_num_keys: int,
+    max_num_tokens: int,
+    max_num_requests: int,
+) -> None:
+    """Run what scores, selects and attends once in each class of batch, on a page of zeros; once a process.
+
+    The other operations are compiled by any step. Nothing is to be compiled off CUDA.
+
+    Args:
+        problem: of the layers.
+        overrides: operation and name of an implementation, as the user insists on.
+        max_num_keys: of a token.
+        max_num_tokens: of a step.
+        max_num_requests: of a step.
+    """
+    if problem.device_type != "cuda":
+        return
+    kernels = select_kernels(problem, dict(overrides))
+    for num_requests, num_tokens in _batches(max_num_tokens, max_num_requests):
+        for width in sorted({min(max_num_keys, 2 * problem.topk), max_num_keys}):
+            _run(kernels, problem, num_requests, min(num_tokens, LOGITS_NBYTES // (4 * width) or 1), width)
+
+
+def _batches(max_num_tokens: int, max_num_requests: int) -> Iterator[tuple[int, int]]:
+    """Requests and tokens: decode, speculative decode, and prefill."""
+    num_requests = 1
+    while num_requests <= min(max_num_requests, max_num_tokens):
+        yield num_requests, num_requests
+        num_requests *= 2
+    for num_tokens in (2, 4, max_num_tokens):
+        yield 1, num_tokens
+
+
+def _run(kernels: KernelSet, problem: Problem, num_requests: int, num_tokens: int, width: int) -> None:
+    device = torch.device(problem.device_type)
+    scored = min(width, problem.topk + 1)
+    per_token = torch.full((num_tokens,), scored, dtype=torch.int32, device=device)
+    topk_pos = torch.empty((num_tokens, problem.topk), dtype=torch.int32, device=device)
+    select(
+        kernels,
+        torch.zeros((num_tokens, problem.num_index_heads, problem.index_head_dim), device=device).to(
+            torch.float8_e4m3fn
+        ),
+        torch.zeros((num_tokens, problem.num_index_heads), device=device),
+        torch.zeros((1, _BLOCK_SIZE, INDEX_KEY_NBYTES), dtype=torch.uint8, device=device),
+        torch.zeros((num_requests, -(-width // _BLOCK_SIZE)), dtype=torch.int32, device=device),
+        torch.zeros_like(per_token),
+        per_token,
+        per_token,
+        width,
+        topk_pos,
+    )
+    row = problem.kv_lora_rank + problem.rope_dim
+    fp8 = problem.cache_format == FP8_DS_MLA
+    kernels.sparse_mla(
+        torch.zeros((num_tokens, problem.num_heads, row), dtype=problem.dtype, device=device),
+        torch.zeros(
+            (1, _BLOCK_SIZE, LATENT_FP8_NBYTES if fp8 else row),
+            dtype=torch.uint8 if fp8 else problem.dtype,
+            device=device,
+        ),
+        torch.zeros_like(topk_pos),
+        torch.full_like(per_token, _FEW_KEYS),
+        1.0,
+    )
