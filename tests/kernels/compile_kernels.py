@@ -78,7 +78,11 @@ def compile_for(capability: tuple[int, int], compilation: Compilation) -> dict:
     signature = compilation.signature | dict.fromkeys(compilation.constexprs, "constexpr")
     source = ASTSource(compilation.kernel, signature, compilation.constexprs, attributes)
     target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
-    options = {"num_warps": compilation.num_warps, "num_stages": compilation.num_stages}
+    options = {
+        "num_warps": compilation.num_warps,
+        "num_stages": compilation.num_stages,
+        "maxnreg": compilation.max_registers,
+    }
     compiled = triton.compile(source, target=target, options=options)
     return {
         "name": compilation.name,

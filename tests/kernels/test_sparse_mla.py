@@ -161,12 +161,18 @@ def test_every_code_is_exact_at_its_column(kernel):
     torch.testing.assert_close(lse.flatten(), value, rtol=1e-6, atol=0.0)
 
 
-@pytest.mark.parametrize(("capability", "num_heads"), [((8, 0), 16), ((9, 0), 16), ((9, 0), 32)])
-def test_the_tiles_of_each_gpu(generator, monkeypatch, capability, num_heads):
+@pytest.mark.parametrize("cache_format", ["bfloat16", "fp8_ds_mla"])
+@pytest.mark.parametrize(
+    ("capability", "num_heads", "num_tokens"),
+    [((8, 0), 16, 1), ((9, 0), 16, 1), ((9, 0), 16, 4096), ((9, 0), 32, 1), ((9, 0), 64, 1)],
+)
+def test_the_tiles_of_each_gpu(generator, monkeypatch, cache_format, capability, num_heads, num_tokens):
     """The order in which fp8 rows are decoded depends on the tiles, and the interpreter has tiles of its own."""
-    tiles = sparse_mla_triton.tiling(capability, num_heads, True, torch.bfloat16)
+    tiles = sparse_mla_triton.tiling(
+        capability, num_heads, cache_format == "fp8_ds_mla", torch.bfloat16, num_tokens
+    )
     monkeypatch.setattr(sparse_mla_triton, "tiling", lambda *_: tiles)
-    cache = filled("fp8_ds_mla", generator, num_blocks=9)
+    cache = filled(cache_format, generator, num_blocks=9)
     q = torch.randn(1, num_heads, 576, generator=generator).bfloat16()
     slots = torch.randperm(144, generator=generator).int().unsqueeze(0)
     valid = torch.tensor([139], dtype=torch.int32)

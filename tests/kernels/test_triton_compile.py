@@ -18,8 +18,8 @@ SHARED_NBYTES = {
 }
 """What a block may use of shared memory, by compute capability (CUDA programming guide)."""
 
-MAX_STACK_NBYTES = 128
-"""Of a thread: what does not fit into its registers."""
+MAX_STACK_NBYTES = 320
+"""Of a thread: what does not fit into its registers. A few words that no loop changes cost nothing measurable."""
 
 
 def compile_for(capability: str, *sample: str) -> dict:

@@ -26,7 +26,13 @@ class Tiling:
     """See :func:`vllm_dsv32.kernels.triton_latent.scoring_rows`."""
 
 
-def tiling(capability: tuple[int, int] | None, num_heads: int, fp8: bool, dtype: torch.dtype) -> Tiling:
+_FEW_TOKENS = 32
+"""Up to so many, splits fill the GPU, and each has few tiles: what counts is how soon the first is there."""
+
+
+def tiling(
+    capability: tuple[int, int] | None, num_heads: int, fp8: bool, dtype: torch.dtype, num_tokens: int
+) -> Tiling:
     """The tiles of a launch, so that they fit the shared memory and the registers.
 
     Where rows are decoded, or the compiler cannot copy them in the background, programs on one multiprocessor
@@ -37,19 +43,32 @@ def tiling(capability: tuple[int, int] | None, num_heads: int, fp8: bool, dtype:
         num_heads: on this rank.
         fp8: whether the cache is ``fp8_ds_mla``.
         dtype: of the queries.
+        num_tokens: of the batch.
     """
     heads = max(8, 1 << (num_heads - 1).bit_length())
     if capability is None:
         return Tiling(min(heads, 16), 16, programs_per_sm=4, num_warps=1)
     if dtype == torch.float32:
         return Tiling(4, 32, programs_per_sm=4)
-    if capability[0] not in (9, 10):
+    if capability[0] == 9:
+        return _on_hopper(heads, fp8, num_tokens)
+    if capability[0] != 10:
         return Tiling(min(heads, 16), 64 if fp8 else 32, programs_per_sm=2, num_adjacent=4)
-    # Triton takes the tensor cores of SM90 at full width for no fewer than 16 heads.
-    if fp8 and heads <= 16:
-        return Tiling(16, 64, programs_per_sm=3, max_registers=168)
-    if fp8:
+    if fp8 and heads > 16:
         return Tiling(32, 128, programs_per_sm=1, num_warps=8)
-    if capability[0] == 10:
-        return Tiling(16, 64, programs_per_sm=2)
-    return Tiling(16 if heads <= 16 else 32, 64, programs_per_sm=1, num_stages=3)
+    return Tiling(16, 64, programs_per_sm=3 if fp8 else 2, max_registers=168 if fp8 else None)
+
+
+def _on_hopper(heads: int, fp8: bool, num_tokens: int) -> Tiling:
+    """Measured on an H200 (``eval/kernels.py``); Triton needs 16 heads to use the tensor cores at full width."""
+    if fp8:
+        if heads <= 16:
+            return Tiling(16, 64, programs_per_sm=3, max_registers=168)
+        return Tiling(min(heads, 64), 128, programs_per_sm=1, num_warps=8)
+    if heads > 32:
+        return Tiling(64, 64, programs_per_sm=1, num_warps=8, num_stages=2)
+    if heads > 16:
+        return Tiling(32, 64, programs_per_sm=1, num_stages=3)
+    if num_tokens <= _FEW_TOKENS:
+        return Tiling(16, 64, programs_per_sm=1, num_stages=2)
+    return Tiling(16, 32, programs_per_sm=3, num_stages=2)

@@ -180,7 +180,7 @@ def sparse_mla(
         return out, lse
     fp8 = is_fp8_ds_mla(cache)
     capability, num_sms = _gpu(q.device)
-    tiles = tiling(capability, num_heads, fp8, q.dtype)
+    tiles = tiling(capability, num_heads, fp8, q.dtype, num_tokens)
     num_programs = num_tokens * triton.cdiv(num_heads, tiles.num_heads)
     num_concurrent = num_sms * tiles.programs_per_sm
     num_splits = split_count(num_programs, topk_slot.shape[1], num_concurrent, tiles.num_keys)
@@ -255,7 +255,7 @@ def compilations(capability: tuple[int, int]) -> Iterator[Compilation]:
         (16, torch.float32, True),
     ):
         for fp8 in (False, True):
-            tiles = tiling(capability, num_heads, fp8, dtype)
+            tiles = tiling(capability, num_heads, fp8, dtype, num_tokens=1 if split else 4096)
             values = "*bf16" if dtype == torch.bfloat16 else "*fp32"
             row_nbytes = LATENT_FP8_NBYTES if fp8 else (KV_LORA_RANK + ROPE_DIM) * dtype.itemsize
             yield Compilation(
@@ -278,4 +278,5 @@ def compilations(capability: tuple[int, int]) -> Iterator[Compilation]:
                 constexprs=_constexprs(num_heads, 64, row_nbytes, fp8, split, tiles),
                 num_warps=tiles.num_warps,
                 num_stages=tiles.num_stages,
+                max_registers=tiles.max_registers,
             )

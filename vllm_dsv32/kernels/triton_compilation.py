@@ -24,3 +24,5 @@ class Compilation:
     """Values of the arguments that are ``tl.constexpr``."""
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+    """Of a thread, if the launch limits them."""
