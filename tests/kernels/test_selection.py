@@ -66,7 +66,7 @@ def test_warming_up_covers_decode_speculation_and_prefill(monkeypatch):
     assert batches == [
         (num_requests, num_tokens, width)
         for num_requests, num_tokens in ((1, 1), (2, 2), (4, 4), (1, 2), (1, 4), (1, 40))
-        for width in (48, 100)
+        for width in (48, 96, 100)
     ]
 
 

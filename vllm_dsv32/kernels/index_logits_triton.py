@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_dsv32.kernels import triton_device
 from vllm_dsv32.kernels.triton_compilation import Compilation
 from vllm_dsv32.layout import INDEX_HEAD_DIM, index_key_views
 
@@ -77,7 +78,7 @@ def _float16_from_e4m3(byte: tl.tensor) -> tl.tensor:
 
 
 @triton.jit(
-    do_not_specialize=["num_rows"],
+    do_not_specialize=["num_rows", "block_table_stride"],
     do_not_specialize_on_alignment=["request_ids_ptr", "num_keys_ptr"],
 )
 def _index_logits_kernel(
@@ -186,7 +187,7 @@ def index_logits(
     logits = torch.empty((num_rows, pitch), dtype=torch.float32, device=q_fp8.device)[:, :max_num_keys]
     if logits.numel() == 0:
         return logits
-    capability = torch.cuda.get_device_capability(q_fp8.device) if q_fp8.is_cuda else None
+    capability = triton_device.capability_of(q_fp8.device)
     tiles = tiling(capability, num_heads, num_rows / block_table.shape[0])
     num_row_tiles = triton.cdiv(num_rows, tiles.num_rows)
     num_splits = min(triton.cdiv(max_num_keys, tiles.num_keys), triton.cdiv(tiles.num_programs, num_row_tiles))

@@ -12,12 +12,12 @@ scores and again for the output, from L1 then: held in between, they would not f
 """
 
 from collections.abc import Iterator
-from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 
+from vllm_dsv32.kernels import triton_device
 from vllm_dsv32.kernels.sparse_mla_join_triton import join_splits, keys_of_split, split_count
 from vllm_dsv32.kernels.sparse_mla_tiling import Tiling, tiling
 from vllm_dsv32.kernels.triton_compilation import Compilation
@@ -39,7 +39,6 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 _LOG2_E = 1.4426950408889634
 # Half of the 2^120 that decoded values lack, on either side of a product: neither leaves the range of float32.
 _TWO_POW_60 = tl.constexpr(2.0**60)
-_INTERPRETER_SMS = 2
 
 
 @triton.jit
@@ -179,10 +178,9 @@ def sparse_mla(
     if num_tokens == 0:
         return out, lse
     fp8 = is_fp8_ds_mla(cache)
-    capability, num_sms = _gpu(q.device)
-    tiles = tiling(capability, num_heads, fp8, q.dtype, num_tokens)
+    tiles = tiling(triton_device.capability_of(q.device), num_heads, fp8, q.dtype, num_tokens)
     num_programs = num_tokens * triton.cdiv(num_heads, tiles.num_heads)
-    num_concurrent = num_sms * tiles.programs_per_sm
+    num_concurrent = triton_device.num_multiprocessors(q.device) * tiles.programs_per_sm
     num_splits = split_count(num_programs, topk_slot.shape[1], num_concurrent, tiles.num_keys)
     part_out, part_lse = out, lse
     if num_splits > 1:
@@ -210,15 +208,6 @@ def sparse_mla(
     if num_splits > 1:
         join_splits(part_out, part_lse, num_valid, tiles.num_keys, out, lse)
     return out, lse
-
-
-@lru_cache
-def _gpu(device: torch.device) -> tuple[tuple[int, int] | None, int]:
-    """Compute capability and number of multiprocessors."""
-    if device.type != "cuda":
-        return None, _INTERPRETER_SMS
-    properties = torch.cuda.get_device_properties(device)
-    return (properties.major, properties.minor), properties.multi_processor_count
 
 
 def _views(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

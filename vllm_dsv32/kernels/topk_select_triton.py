@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_dsv32.kernels import triton_device
 from vllm_dsv32.kernels.triton_compilation import Compilation
 from vllm_dsv32.kernels.triton_topk import (
     LOWEST,
@@ -168,7 +169,7 @@ def topk_select(logits: torch.Tensor, num_keys: torch.Tensor, topk_pos: torch.Te
         raise ValueError(f"topk_select in Triton takes a top-k of at most {_MAX_TOPK}, got {k}")
     if num_rows == 0 or k == 0:
         return
-    tiles = tiling(torch.cuda.get_device_capability(logits.device) if logits.is_cuda else None)
+    tiles = tiling(triton_device.capability_of(logits.device))
     capacity = _capacity(k, tiles)
     lists = length > capacity
     splits, num_programs = 0, num_rows

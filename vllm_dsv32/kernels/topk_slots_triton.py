@@ -13,7 +13,7 @@ __all__ = ["compilations", "topk_slots"]
 _NUM_WARPS = 4
 
 
-@triton.jit(do_not_specialize_on_alignment=["request_ids_ptr"])
+@triton.jit(do_not_specialize=["block_table_stride"], do_not_specialize_on_alignment=["request_ids_ptr"])
 def _topk_slots_kernel(
     topk_pos_ptr: tl.tensor,
     request_ids_ptr: tl.tensor,

@@ -38,7 +38,8 @@ def warm_up(
         return
     kernels = select_kernels(problem, dict(overrides))
     for num_requests, num_tokens in _batches(max_num_tokens, max_num_requests):
-        for width in sorted({min(max_num_keys, 2 * problem.topk), max_num_keys}):
+        # Rows of logits that fit the registers are held there, in sizes of a power of two.
+        for width in sorted({min(max_num_keys, n * problem.topk) for n in (2, 4)} | {max_num_keys}):
             _run(kernels, problem, num_requests, min(num_tokens, LOGITS_NBYTES // (4 * width) or 1), width)
 
 
