@@ -1,0 +1,136 @@
+"""What the comparisons of both sides are made of; the engines themselves need a GPU."""
+
+import argparse
+import asyncio
+import json
+
+import engine_agreement
+import engine_soak
+import pytest
+import torch
+from engine_runs import reduced_model
+from engine_runs.sides import IN_TREE, PLUGIN, Child
+from engine_soak import Answer
+
+from server.process import serve
+from vllm_dsv32.tools.tiny_checkpoint import TinyCheckpointOptions, write_checkpoint
+
+CHILD = """
+import json, os, sys
+sys.path.insert(0, {path!r})
+from engine_runs.sides import say_ready_and_wait
+names = ("CUDA_VISIBLE_DEVICES", "VLLM_PLUGINS", "VLLM_DEEP_GEMM_WARMUP")
+print(json.dumps({{name: os.environ.get(name) for name in names}}), file=sys.stderr)
+{before}
+say_ready_and_wait()
+{after}
+"""
+
+
+def child(tmp_path, side, before="", after=""):
+    script = tmp_path / "child.py"
+    script.write_text(CHILD.format(path=str(engine_soak.__file__.rpartition("/")[0]), before=before, after=after))
+    return Child.start("the child", side, "5", [str(script)], tmp_path / "log")
+
+
+@pytest.mark.parametrize(("side", "plugins", "warmup"), [(PLUGIN, None, None), (IN_TREE, "", "skip")])
+def test_a_side_has_its_environment(tmp_path, monkeypatch, side, plugins, warmup):
+    for name in ("VLLM_PLUGINS", "VLLM_DEEP_GEMM_WARMUP"):
+        monkeypatch.delenv(name, raising=False)
+    started = child(tmp_path, side)
+    started.wait_until_ready()
+    assert started.process.poll() is None, "it must wait"
+    started.go()
+    started.wait()
+    seen = json.loads((tmp_path / "log").read_text())
+    assert seen == {"CUDA_VISIBLE_DEVICES": "5", "VLLM_PLUGINS": plugins, "VLLM_DEEP_GEMM_WARMUP": warmup}
+
+
+def test_a_side_that_fails_is_reported(tmp_path):
+    with pytest.raises(RuntimeError, match="the child ended with status 3 before it was ready"):
+        child(tmp_path, PLUGIN, before="sys.exit(3)").wait_until_ready()
+    late = child(tmp_path, PLUGIN, after="sys.exit(4)")
+    late.wait_until_ready()
+    late.go()
+    with pytest.raises(RuntimeError, match="the child ended with status 4"):
+        late.wait()
+
+
+def test_the_reduced_model_has_the_published_widths(tmp_path):
+    reduced_model.write_reduced_config(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    published = {
+        "hidden_size": 7168,
+        "q_lora_rank": 1536,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "index_head_dim": 128,
+        "index_n_heads": 64,
+        "index_topk": 2048,
+        "moe_intermediate_size": 2048,
+        "num_experts_per_tok": 8,
+        "vocab_size": 129280,
+        "max_position_embeddings": 163840,
+    }
+    assert {name: config[name] for name in published} == published
+    assert config["quantization_config"]["weight_block_size"] == [128, 128]
+    assert config["num_attention_heads"] * 8 == 128
+
+
+def test_differences_of_distributions():
+    a = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]).log()
+    same = engine_agreement.difference(a, a)
+    assert same == {"mean_kl": 0, "worst_kl": 0, "median_logprob_difference": 0, "top1_agreement": 1}
+    b = torch.tensor([[0.25, 0.5, 0.25], [0.1, 0.8, 0.1]]).log()
+    other = engine_agreement.difference(a, b)
+    assert other["top1_agreement"] == 0.5
+    assert other["worst_kl"] == pytest.approx(0.25 * 0.6931472)
+    assert other["mean_kl"] == pytest.approx(other["worst_kl"] / 2)
+
+
+def answer(*tokens: str, gap: float = 1.0) -> Answer:
+    return Answer(list(tokens), [{token: -0.5, "other": -0.5 - gap} for token in tokens])
+
+
+def test_answers_may_differ_where_tokens_were_nearly_tied():
+    assert engine_soak.disagreement(answer("a", "b"), answer("a", "b")) is None
+    assert engine_soak.disagreement(answer("a", "b", gap=0.1), answer("a", "other")) is None
+    assert "1.00 nats" in engine_soak.disagreement(answer("a", "b"), answer("a", "other"))
+    assert "inf nats" in engine_soak.disagreement(answer("a", "b"), answer("a", "unheard of"))
+    assert "1 tokens, alone 2" in engine_soak.disagreement(answer("a", "b"), answer("a"))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    checkpoint = write_checkpoint(tmp_path_factory.mktemp("soak") / "model", TinyCheckpointOptions(dtype="float32"))
+    with serve(checkpoint, "--max-model-len", "1024", "--max-num-seqs", "4") as running:
+        yield running
+
+
+def soak(server, **changes) -> int:
+    arguments = {"minutes": 0.1, "streams": 6, "max_length": 300, "vocabulary": 250} | changes
+    return asyncio.run(engine_soak.soak(argparse.Namespace(base_url=server.url, **arguments)))
+
+
+def test_a_short_soak_on_a_cpu(server, monkeypatch, capsys):
+    monkeypatch.setattr(engine_soak, "_NUM_REQUESTS", 12)
+    assert soak(server) == 0
+    report = capsys.readouterr().out
+    assert "'wrong': 0, 'wrong after': 0" in report
+    assert "'answered': 0" not in report
+    assert "'cancelled': 0" not in report
+
+
+def test_a_wrong_answer_is_found(server, monkeypatch, capsys):
+    monkeypatch.setattr(engine_soak, "_NUM_REQUESTS", 4)
+    ask, asked = engine_soak.ask, []
+
+    async def ask_for_another(client, model, prompt, stop_after=None):
+        asked.append(prompt)
+        return await ask(client, model, prompt if len(asked) <= 4 else [7, *prompt[1:], 8], stop_after)
+
+    monkeypatch.setattr(engine_soak, "ask", ask_for_another)
+    assert soak(server, minutes=0.02) == 1
+    assert "nats likelier" in capsys.readouterr().out
