@@ -14,6 +14,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
 from vllm_dsv32.attention.sparse_attention import SparseAttention
+from vllm_dsv32.compat import keep_plain_weight
 from vllm_dsv32.config import ModelDims
 from vllm_dsv32.errors import ConfigError
 
@@ -42,14 +43,10 @@ class Indexer(torch.nn.Module):
             dims.hidden_size, self.head_dim, bias=False, quant_config=quant_config, prefix=f"{prefix}.wk"
         )
         self.k_norm = torch.nn.LayerNorm(self.head_dim, eps=_INDEX_NORM_EPS, dtype=torch.float32)
-        # In float32, as in DeepSeek's own code: bfloat16 here flips selections that are nearly tied.
         self.weights_proj = ReplicatedLinear(
-            dims.hidden_size,
-            self.num_heads,
-            bias=False,
-            params_dtype=torch.float32,
-            prefix=f"{prefix}.weights_proj",
+            dims.hidden_size, self.num_heads, bias=False, prefix=f"{prefix}.weights_proj"
         )
+        keep_plain_weight(self.weights_proj)
 
     def forward(
         self, hidden_states: torch.Tensor, q_c: torch.Tensor
@@ -64,7 +61,15 @@ class Indexer(torch.nn.Module):
             ``index_q`` ``[T, H, D]``, ``index_k`` ``[T, D]`` and ``head_weights`` float32 ``[T, H]``.
         """
         index_q = self.wq_b(q_c)[0].view(-1, self.num_heads, self.head_dim)
-        return index_q, self.wk(hidden_states)[0], self.weights_proj(hidden_states.float())[0]
+        return index_q, self.wk(hidden_states)[0], self._head_weights(hidden_states)
+
+    def _head_weights(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The product in float32, as in DeepSeek's own code: rounded to bfloat16, it flips nearly tied selections."""
+        weight = self.weights_proj.weight
+        if hidden_states.is_cuda and hidden_states.dtype == torch.bfloat16:
+            # Products of bfloat16 are exact in the float32 that tensor cores add them up in.
+            return torch.mm(hidden_states, weight.t(), out_dtype=torch.float32)
+        return torch.nn.functional.linear(hidden_states.float(), weight.float())
 
 
 class Dsv32Attention(torch.nn.Module):
@@ -147,7 +152,7 @@ class Dsv32Attention(torch.nn.Module):
         q_c, kv_c, k_pe = self.fused_qkv_a_proj(hidden_states)[0].split(
             [dims.q_lora_rank, dims.kv_lora_rank, dims.rope_dim], dim=-1
         )
-        q_c = self.q_a_layernorm(q_c.contiguous())
+        q_c = self.q_a_layernorm(q_c)
         q = self.q_b_proj(q_c)[0].view(-1, self.num_heads, dims.nope_dim + dims.rope_dim)
         index_q, index_k, head_weights = self.indexer(hidden_states, q_c)
         output = hidden_states.new_empty((hidden_states.shape[0], self.num_heads * dims.v_dim))
