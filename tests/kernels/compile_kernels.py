@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 
 import triton
+from ptx_rules import negated_extrema
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -88,6 +89,7 @@ def compile_for(capability: tuple[int, int], compilation: Compilation) -> dict:
         "name": compilation.name,
         "kernel": full_name(compilation.kernel),
         "shared_nbytes": compiled.metadata.shared,
+        "num_negated_extrema": negated_extrema(compiled.asm["ptx"]),
         **resources(compiled.asm["cubin"]),
     }
 
