@@ -1,0 +1,72 @@
+"""The README: its figures are those of the results, and its commands and links exist."""
+
+import json
+import re
+
+import pytest
+from recipes.pages import ROOT, Page
+
+from kernel_table.readme import NOT_MEASURED, fill, main, render
+
+README = Page(ROOT / "README.md")
+RESULTS = ROOT / "eval/results/kernels_h200.json"
+
+ROW = {
+    "point": "B=1",
+    "us": {"ours": {"triton bf16": 9.22, "triton fp8": 12.8}, "peers": {"FA3 bf16": 15.39}},
+    "ratio": 1.669,
+    "differences": {},
+    "skipped": {},
+    "wrong": [],
+}
+LINES = {
+    "decode": {
+        "title": "decode; peers: FA3",
+        "rows": [ROW, ROW | {"point": "B=4", "ratio": None, "wrong": ["off"]}],
+    },
+    "index": {
+        "title": "index; peers: none",
+        "rows": [ROW | {"us": {"ours": {"triton": 5.0}, "peers": {}}, "ratio": None}],
+    },
+}
+MEASURED = {
+    "versions": {"vllm": "0.32.0", "torch": "2.13.0", "triton": "3.7.1"},
+    "device": {"name": "NVIDIA H200", "capability": "9.0"},
+    "lines": LINES,
+}
+
+
+def test_figures_are_those_of_the_results():
+    content = render(json.loads(RESULTS.read_text())) if RESULTS.exists() else NOT_MEASURED
+    assert fill(README.text, content) == README.text, (
+        f"run PYTHONPATH=eval python -m kernel_table.readme {RESULTS.relative_to(ROOT)} README.md"
+    )
+
+
+def test_rows_of_the_table():
+    assert render(MEASURED).splitlines()[4:] == [
+        "| decode | B=1 | 9.2 (triton bf16) | 15.4 (FA3 bf16) | 1.67 |",
+        "| decode | B=4 | wrong: not timed | |  |",
+        "| index | B=1 | 5.0 (triton) | not measured |  |",
+    ]
+
+
+def test_the_table_is_put_into_a_page(tmp_path):
+    page, results = tmp_path / "page.md", tmp_path / "results.json"
+    page.write_text("before\n<!-- kernels: begin -->\nold\n<!-- kernels: end -->\nafter\n")
+    results.write_text(json.dumps(MEASURED))
+    assert main([str(results), str(page)]) == 0
+    assert page.read_text() == (
+        f"before\n<!-- kernels: begin -->\n{render(MEASURED)}<!-- kernels: end -->\nafter\n"
+    )
+    with pytest.raises(ValueError, match="expected one pair of the marks"):
+        fill("no marks", "")
+
+
+def test_what_is_ticked_names_a_command():
+    (table,) = README.tables
+    ticked = [cell for row in table for cell in row if "✓" in cell]
+    assert ticked
+    for cell in ticked:
+        (command,) = re.findall(r"`([^`]+)`", cell)
+        assert (ROOT / command.split()[1]).is_file(), command
