@@ -1,6 +1,7 @@
 """The process that runs the tests, before torch and vLLM are imported in it."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--cuda-graphs",
         action="store_true",
         help="engines capture CUDA graphs where tests allow it (default: eager)",
+    )
+    parser.addoption(
+        "--vllm-sources",
+        type=Path,
+        metavar="DIR",
+        help="a folder that holds another vLLM's Python files as DIR/vllm (an unpacked wheel): the plugin is "
+        "checked against them too, without importing them",
     )
 
 

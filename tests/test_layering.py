@@ -17,7 +17,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "checkpoint_tensors": (set(), set()),
     "compat": (set(), {"packaging", "vllm"}),
     "kernels": ({"errors", "layout"}, {"triton"}),
-    "kernels/vendor": ({"layout"}, {"vllm"}),
+    "kernels/vendor": ({"layout", "compat"}, {"vllm"}),
     "config": ({"errors", "layout", "kernels"}, {"vllm"}),
     "attention": ({"errors", "layout", "compat", "kernels", "config"}, {"vllm"}),
     "model": ({"errors", "checkpoint_tensors", "compat", "config", "attention"}, {"vllm"}),

@@ -98,7 +98,7 @@ def load_checkpoint(
 
 
 def _load(parameter: torch.nn.Parameter, target: _Target, tensor: torch.Tensor) -> None:
-    loader = getattr(parameter, "weight_loader", default_weight_loader)
+    loader: Callable[..., None] = getattr(parameter, "weight_loader", default_weight_loader)
     if target.expert is not None:
         loader(parameter, tensor, target.parameter, shard_id=target.shard, expert_id=target.expert)
     elif target.shard is not None:

@@ -4,6 +4,7 @@ import torch
 from vllm import _custom_ops as ops
 from vllm.utils import deep_gemm
 
+from vllm_dsv32.compat import mqa_logits_options, paged_mqa_logits_options
 from vllm_dsv32.layout import INDEX_HEAD_DIM
 
 __all__ = ["index_logits"]
@@ -61,7 +62,7 @@ def _paged(
         block_table[request_ids],
         schedule,
         max_num_keys,
-        clean_logits=False,
+        **paged_mqa_logits_options(),
     )
 
 
@@ -96,7 +97,7 @@ def _gathered(
                 weights[rows],
                 torch.zeros_like(num_keys[rows]),
                 num_keys[rows],
-                clean_logits=False,
+                **mqa_logits_options(max_num_keys),
             )
         )
     return parts[0] if len(parts) == 1 else torch.cat(parts)

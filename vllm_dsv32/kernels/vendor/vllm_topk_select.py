@@ -26,7 +26,8 @@ def topk_select(logits: torch.Tensor, num_keys: torch.Tensor, topk_pos: torch.Te
         return
     if num_rows >= _MIN_PREFILL_ROWS:
         begins = torch.zeros_like(num_keys)
-        ops.top_k_per_row_prefill(logits, begins, num_keys, topk_pos, num_rows, *logits.stride(), k)
+        stride, key_stride = logits.stride()
+        ops.top_k_per_row_prefill(logits, begins, num_keys, topk_pos, num_rows, stride, key_stride, k)
         return
     # Zeros: no kernel promises to clear what another one left there.
     workspace = torch.zeros(_WORKSPACE_NBYTES, dtype=torch.uint8, device=logits.device)
