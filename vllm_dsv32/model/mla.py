@@ -64,7 +64,7 @@ class Indexer(torch.nn.Module):
         return index_q, self.wk(hidden_states)[0], self._head_weights(hidden_states)
 
     def _head_weights(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The product in float32, as in DeepSeek's own code: in bfloat16 it flips selections that are nearly tied."""
+        """In float32, as in DeepSeek's own code: in bfloat16 it flips selections that are nearly tied."""
         weight = self.weights_proj.weight
         if hidden_states.is_cuda and hidden_states.dtype == torch.bfloat16:
             # Products of bfloat16 are exact in the float32 that tensor cores add them up in.
