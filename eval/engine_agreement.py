@@ -11,6 +11,7 @@ first. As a yardstick, the two caches of each side are compared with each other,
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ _NUM_LONGER_PROMPTS = 4
 _CACHES = ("auto", "fp8")
 
 
-def record(arguments: argparse.Namespace) -> None:
+def record(arguments: argparse.Namespace) -> int:
     """The child: log-probabilities of one side with one cache, ``{context: [2 * prompts, vocabulary]}``."""
     from vllm import LLM, SamplingParams
 
@@ -62,6 +63,7 @@ def record(arguments: argparse.Namespace) -> None:
         whole = distributions([row[:-1] for row in ids])
         recorded[length] = torch.stack(whole + distributions(ids))
     torch.save(recorded, arguments.out)
+    return 0
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> dict[str, float]:
@@ -75,8 +77,8 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> dict[str, float]:
     }
 
 
-def compare(arguments: argparse.Namespace) -> None:
-    """The parent: all runs, then the table."""
+def compare(arguments: argparse.Namespace) -> int:
+    """The parent: all runs, then the table of those that did not fail; 1 if one did."""
     folder = Path(tempfile.mkdtemp(prefix="engine-agreement-"))
     model = arguments.model
     if model is None:
@@ -118,6 +120,7 @@ def compare(arguments: argparse.Namespace) -> None:
                 f" same first token {found['top1_agreement']:.1%}"
             )
     arguments.out.write_text(json.dumps(table, indent=1))
+    return int(len(results) < len(runs))
 
 
 def main() -> None:
@@ -129,7 +132,7 @@ def main() -> None:
         parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--cache", default="auto", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    (record if arguments.child else compare)(arguments)
+    sys.exit((record if arguments.child else compare)(arguments))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Defaults of vLLM under which a start compiles for minutes to hours, and what V3.2 engines get instead.
+"""Defaults of vLLM under which a start compiles for minutes, and what V3.2 engines get instead.
 
 Compiling at run time also needs nvcc, which many images do not have. Each default is changed only where the
-user left it alone, is logged, and comes back as its row says.
+user left it alone, is logged, and comes back as its row says. Variables stay set for the process, so another
+model that the same process loads later has them too.
 """
 
 import importlib.util
@@ -38,7 +39,7 @@ class Change:
 _WARMUP = Change(
     setting="VLLM_DEEP_GEMM_WARMUP",
     value="skip",
-    reason="compiling every DeepGEMM kernel of this model takes half an hour",
+    reason="it compiles every DeepGEMM kernel that this model could use, thousands",
     undo="VLLM_DEEP_GEMM_WARMUP=relax",
 )
 _SAMPLER = Change(
@@ -51,7 +52,7 @@ _LINEAR = Change(
     setting="--linear-backend",
     value="cutlass",
     reason="the GEMMs that vLLM would take for fp8 block weights are compiled on first use, for minutes",
-    undo="--linear-backend deep_gemm",
+    undo="--linear-backend flashinfer_cutlass",
 )
 
 

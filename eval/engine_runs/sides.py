@@ -36,8 +36,8 @@ class Child:
 
         Args:
             name: for messages.
-            side: ``PLUGIN``, or ``IN_TREE``: no plugin is loaded, and of what vLLM does before it is ready
-                the compilation of GEMMs that are not used is left out, which would take half an hour.
+            side: ``PLUGIN``, or ``IN_TREE``: no plugin is loaded, and two things are left out that only make vLLM's
+                start longer: the compilation of GEMMs that are not used, and that of FlashInfer's sampler.
             gpu: as in CUDA_VISIBLE_DEVICES.
             arguments: of the script, its path first.
             log: where its output goes.

@@ -1,5 +1,6 @@
 """fp8_ds_mla against a cache in the model's dtype: the difference is that of the quantisation."""
 
+import pytest
 import torch
 
 from engine.checkpoints import TOPK, checkpoint, prompts
@@ -30,9 +31,7 @@ def scales_forgotten(original):
     def sabotaged(*arguments):
         *_, slots, cache = arguments
         original(*arguments)
-        cache[slots // cache.shape[1], slots % cache.shape[1], 512:528] = torch.ones(4, device=cache.device).view(
-            torch.uint8
-        )
+        cache[slots // cache.shape[1], slots % cache.shape[1], 512:528] = torch.ones(4).view(torch.uint8)
 
     return sabotaged
 
@@ -41,17 +40,26 @@ def not_written(_original):
     return lambda *_: None
 
 
+def plain_logits(path) -> torch.Tensor:
+    with engine(path, kv_cache_dtype="auto") as llm:
+        return run(llm)
+
+
 def test_the_caches_differ_by_quantisation_only():
     path = checkpoint("dense, no YaRN")
-    with engine(path, kv_cache_dtype="auto") as llm:
-        plain = run(llm)
-    with engine(path, kv_cache_dtype="fp8", enforce_eager=True) as llm:
+    plain = plain_logits(path)
+    with engine(path, kv_cache_dtype="fp8") as llm:
         assert llm.vllm_config.cache_config.cache_dtype == "fp8_ds_mla"
         divergence = kl_divergence(plain, run(llm)).mean().item()
-        print(f"fp8_ds_mla: mean KL {divergence:.1e}")
-        assert 0 < divergence <= MARK
-        if torch.cuda.is_available():
-            return  # NaN logits, which the damage makes, end in a device-side assertion there
+    print(f"fp8_ds_mla: mean KL {divergence:.1e}")
+    assert 0 < divergence <= MARK
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a damaged cache ended in a device-side assertion of vLLM's")
+def test_a_damaged_cache_is_seen():
+    path = checkpoint("dense, no YaRN")
+    plain = plain_logits(path)
+    with engine(path, kv_cache_dtype="fp8", enforce_eager=True) as llm:
         for damage in (one_byte_shifted, scales_forgotten, not_written):
             with kernels_replaced(llm, latent_insert=damage):
                 damaged = kl_divergence(plain, run(llm).nan_to_num()).mean().item()

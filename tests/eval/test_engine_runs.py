@@ -90,6 +90,36 @@ def test_differences_of_distributions():
     assert other["mean_kl"] == pytest.approx(other["worst_kl"] / 2)
 
 
+@pytest.mark.parametrize("failing", [None, "in-tree-fp8"])
+def test_an_agreement_with_a_run_that_failed_is_none(tmp_path, monkeypatch, capsys, failing):
+    class Run:
+        def __init__(self, name, command):
+            self.name, self.out = name, command[command.index("--out") + 1]
+
+        def wait_until_ready(self):
+            if self.name == failing:
+                raise RuntimeError(f"{self.name} ended")
+
+        def go(self):
+            torch.save({64: torch.tensor([[0.5, 0.5]]).log()}, self.out)
+
+        def wait(self):
+            pass
+
+    class Start:
+        @staticmethod
+        def start(name, side, gpu, command, log):
+            return Run(name, command)
+
+    monkeypatch.setattr(engine_agreement, "Child", Start)
+    monkeypatch.setattr(engine_agreement, "visible_gpus", lambda: ["0", "1"])
+    arguments = argparse.Namespace(out=tmp_path / "out.json", model=tmp_path, contexts=[64])
+    assert engine_agreement.compare(arguments) == (0 if failing is None else 1)
+    pairs = [row["sides"] for row in json.loads(arguments.out.read_text())]
+    assert (["plugin fp8", "in-tree fp8"] in pairs) == (failing is None)
+    assert ["plugin auto", "in-tree auto"] in pairs
+
+
 def answer(*tokens: str, gap: float = 1.0) -> Answer:
     return Answer(list(tokens), [{token: -0.5, "other": -0.5 - gap} for token in tokens])
 

@@ -55,6 +55,16 @@ def test_lower_positions_win_ties(kernel):
     assert select(kernel, torch.tensor([[1.0, 2.0, 2.0, 2.0]]), [4], 2).tolist() == [[1, 2]]
 
 
+@pytest.mark.parametrize("content", [math.nan, math.inf, -math.inf, 0.0])
+@implementations("topk_select")
+def test_of_short_rows_all_is_selected_whatever_lies_there(kernel, generator, content):
+    logits = torch.full((4, 40), content)
+    logits[3] = torch.randn(40, generator=generator)
+    got = select(kernel, logits, [0, 3, 8, 40], 8)
+    assert got[:3].tolist() == [[*range(n), *[-1] * (8 - n)] for n in (0, 3, 8)]
+    assert torch.equal(got[3:], naive.topk(logits[3:], torch.tensor([40]), 8))
+
+
 @implementations("topk_select")
 def test_no_rows(kernel):
     assert select(kernel, torch.empty(0, 16), [], 4).shape == (0, 4)

@@ -20,9 +20,14 @@ SHARED_NBYTES = {
 }
 """What a block may use of shared memory, by compute capability (CUDA programming guide)."""
 
-MAX_STACK_NBYTES = 640
-"""Of a thread: what does not fit into its registers. Tiles of 64 heads were faster with such spills than smaller
-tiles without."""
+MAX_STACK_NBYTES = 128
+"""Of a thread: what does not fit into its registers."""
+
+SPILLING = {
+    "sparse_mla, 128 heads, torch.bfloat16, fp8=False, split=True": 304,
+    "sparse_mla, 128 heads, torch.bfloat16, fp8=True, split=True": 544,
+}
+"""What may spill more on SM 90: with tiles of 64 heads an H200 was faster than with 32 heads."""
 
 
 def compile_for(capability: str, *sample: str) -> dict:
@@ -43,7 +48,8 @@ def test_every_kernel_compiles_and_fits(capability, sample):
     assert {row["kernel"] for row in report["compiled"]} == set(report["kernels"])
     for row in report["compiled"]:
         assert row["shared_nbytes"] <= SHARED_NBYTES[capability], row
-        assert row["stack_nbytes"] <= MAX_STACK_NBYTES, row
+        spills = SPILLING if capability == "9.0" else {}
+        assert row["stack_nbytes"] <= spills.get(row["name"], MAX_STACK_NBYTES), row
         assert row["num_negated_extrema"] == 0, row
 
 

@@ -57,6 +57,7 @@ class CacheMetadataBuilder(AttentionMetadataBuilder[CacheMetadata]):
         vllm_config: "VllmConfig",
         device: torch.device,
     ) -> None:
+        # vLLM's is abstract.
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
     @classmethod

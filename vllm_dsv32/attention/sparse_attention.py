@@ -133,10 +133,11 @@ class SparseAttention(LatentCache):
             output: ``[T', N * v]``, overwritten; zeros in a dummy run and for padding.
         """
         metadata, index_metadata = self.metadata(), self.index_keys.metadata()
-        if not isinstance(metadata, DsaMetadata) or index_metadata is None:
+        if metadata is None or index_metadata is None:
             # Data-parallel ranks without work must agree on what the experts see.
             output.zero_()
             return
+        assert isinstance(metadata, DsaMetadata)
         num_tokens = metadata.num_actual_tokens
         output[num_tokens:].zero_()
         if num_tokens == 0:

@@ -13,7 +13,8 @@ def reference(logits: torch.Tensor, num_keys: torch.Tensor, topk_pos: torch.Tens
     the result is a function of the logits alone, to the bit.
 
     Args:
-        logits: float32 ``[T, L]``; what lies at or past ``num_keys`` is not read.
+        logits: float32 ``[T, L]``; what lies at or past ``num_keys`` is not read, and of a row that sees no
+            more than K all is selected, whatever its logits.
         num_keys: int32 ``[T]``, at most L.
         topk_pos: int32 ``[T, K]``, overwritten.
     """
