@@ -11,6 +11,7 @@ from vllm_dsv32.kernels import triton_device
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
+WITHOUT_HOPPER = {"vllm_dsv32": {"kernels": {"sparse_mla": "triton"}}}
 CONTEXTS = (TOPK - 1, TOPK + 1, 4 * TOPK, 7)
 
 
@@ -23,7 +24,7 @@ def test_the_path_of_another_gpu(monkeypatch, capability, cache):
         own = complete(llm, prompts(*CONTEXTS), 8)
     chosen = []
     monkeypatch.setattr(triton_device, "capability_of", lambda device: chosen.append(device) or capability)
-    with engine(path, dtype="bfloat16", kv_cache_dtype=cache) as llm:
+    with engine(path, dtype="bfloat16", kv_cache_dtype=cache, additional_config=WITHOUT_HOPPER) as llm:
         other = complete(llm, prompts(*CONTEXTS), 8)
     assert chosen
     divergence = mean_kl(load_oracle(path, fp8_latent=cache == "fp8"), other)

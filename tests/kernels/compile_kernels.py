@@ -22,6 +22,7 @@ import triton
 from ptx_rules import negated_extrema
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 import vllm_dsv32.kernels
 from vllm_dsv32.kernels.triton_compilation import Compilation
@@ -31,13 +32,19 @@ NUM_SAMPLES = 5
 NUM_PROCESSES = 2
 
 
-def modules() -> Iterator[ModuleType]:
-    for path in sorted(Path(vllm_dsv32.kernels.__file__).parent.glob("*_triton.py")):
-        yield importlib.import_module(f"vllm_dsv32.kernels.{path.stem}")
+GLUON_CAPABILITIES = ((9, 0),)
+
+
+def modules(capability: tuple[int, int]) -> Iterator[ModuleType]:
+    """Those in Triton, and in Gluon those for a GPU that Gluon kernels are written for."""
+    parts = ("_triton", "_gluon") if capability in GLUON_CAPABILITIES else ("_triton",)
+    for path in sorted(Path(vllm_dsv32.kernels.__file__).parent.glob("*.py")):
+        if any(part in path.stem for part in parts):
+            yield importlib.import_module(f"vllm_dsv32.kernels.{path.stem}")
 
 
 def kernels_of(module: ModuleType) -> list[str]:
-    """What the module launches; functions that its kernels call have other endings."""
+    """What the module defines to be launched; functions that its kernels call have other endings."""
     return [
         full_name(value)
         for name, value in vars(module).items()
@@ -64,7 +71,8 @@ def compile_nth(capability: tuple[int, int], sample: int | None, n: int) -> dict
 
 
 def selection(capability: tuple[int, int], sample: int | None) -> list[Compilation]:
-    compilations = [compilation for module in modules() for compilation in module.compilations(capability)]
+    offering = [module for module in modules(capability) if hasattr(module, "compilations")]
+    compilations = [compilation for module in offering for compilation in module.compilations(capability)]
     return compilations if sample is None else sampled(compilations, sample)
 
 
@@ -77,7 +85,8 @@ def compile_for(capability: tuple[int, int], compilation: Compilation) -> dict:
         if kind.startswith("*") or ("stride" in name and kind in ("i32", "i64"))
     }
     signature = compilation.signature | dict.fromkeys(compilation.constexprs, "constexpr")
-    source = ASTSource(compilation.kernel, signature, compilation.constexprs, attributes)
+    kind_of_source = GluonASTSource if isinstance(compilation.kernel, GluonJITFunction) else ASTSource
+    source = kind_of_source(compilation.kernel, signature, compilation.constexprs, attributes)
     target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
     options = {
         "num_warps": compilation.num_warps,
@@ -105,7 +114,8 @@ def resources(cubin: bytes) -> dict:
 
 
 def main(capability: tuple[int, int], sample: int | None) -> None:
-    kernels = [name for module in modules() for name in kernels_of(module)]
+    # A module with "_gluon" in its name, as sparse_mla_gluon_fp8, may define what sparse_mla_gluon launches.
+    kernels = [name for module in modules(capability) for name in kernels_of(module)]
     indices = range(len(selection(capability, sample)))
     # Jitted functions cannot be sent to another process, but a fork has them.
     with multiprocessing.get_context("fork").Pool(NUM_PROCESSES) as pool:

@@ -34,22 +34,26 @@ INTERPRETED = ("triton", "torch")
 """Names of CUDA implementations that run without a GPU, slowly: as Python under Triton's interpreter."""
 
 
-def implementations(operation: str):
-    """A parameter set: the implementations of an operation that run on this machine, on tensors of the CPU."""
-    rows = [kernel for kernel in KERNELS if kernel.operation == operation and runs_here(kernel)]
+def implementations(operation: str, **known: Any):
+    """A parameter set: the implementations of an operation that run on this machine, on tensors of the CPU.
+
+    Those that take PROBLEM with what is known of the test's inputs, such as their dtype.
+    """
+    problem = replace(PROBLEM, **known)
+    rows = [kernel for kernel in KERNELS if kernel.operation == operation and runs_here(kernel, problem)]
     return pytest.mark.parametrize(
         "kernel", [on_device(row.load()) for row in rows], ids=[row.name for row in rows]
     )
 
 
-def runs_here(kernel: Kernel) -> bool:
+def runs_here(kernel: Kernel, problem: Problem) -> bool:
     if kernel.by_name_only:
         return False  # tested in test_vendor_rows
     if torch.cuda.is_available():
-        return kernel.refuse(replace(PROBLEM, capability=torch.cuda.get_device_capability())) is None
+        return kernel.refuse(replace(problem, capability=torch.cuda.get_device_capability())) is None
     if kernel.name in INTERPRETED:
-        return kernel.refuse(PROBLEM) is None
-    return kernel.refuse(replace(PROBLEM, device_type="cpu", capability=None)) is None
+        return kernel.refuse(problem) is None
+    return kernel.refuse(replace(problem, device_type="cpu", capability=None)) is None
 
 
 def on_device(kernel: Callable[..., Any]) -> Callable[..., Any]:

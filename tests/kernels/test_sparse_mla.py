@@ -32,7 +32,7 @@ def filled(cache_format: str, generator: torch.Generator, num_blocks: int = 4, g
 @pytest.mark.parametrize("num_heads", [1, 3, 16])
 @pytest.mark.parametrize("cache_format", CACHE_FORMATS)
 @pytest.mark.parametrize("num_valid", VALID.values(), ids=VALID)
-@implementations("sparse_mla")
+@implementations("sparse_mla", dtype=torch.float32)
 def test_output_and_lse(kernel, generator, num_valid, cache_format, num_heads):
     cache = filled(cache_format, generator)
     q = torch.randn(len(num_valid), num_heads, 576, generator=generator)
@@ -57,7 +57,7 @@ def test_output_and_lse(kernel, generator, num_valid, cache_format, num_heads):
 
 
 @pytest.mark.parametrize("cache_format", CACHE_FORMATS)
-@implementations("sparse_mla")
+@implementations("sparse_mla", dtype=torch.float32)
 def test_rows_past_the_count_are_not_read(kernel, generator, cache_format):
     """Unwritten rows are NaN, and stale slots behind the count point out of the cache."""
     cache = filled(cache_format, generator)
@@ -70,7 +70,7 @@ def test_rows_past_the_count_are_not_read(kernel, generator, cache_format):
     assert bool(lse.isfinite().all())
 
 
-@implementations("sparse_mla")
+@implementations("sparse_mla", dtype=torch.float32)
 def test_the_order_of_slots_does_not_matter(kernel, generator):
     cache = filled("float32", generator)
     q = torch.randn(1, 4, 576, generator=generator)
@@ -82,7 +82,7 @@ def test_the_order_of_slots_does_not_matter(kernel, generator):
     torch.testing.assert_close(lse, flipped_lse)
 
 
-@implementations("sparse_mla")
+@implementations("sparse_mla", dtype=torch.float32)
 def test_large_scores_do_not_overflow(kernel, generator):
     cache = filled("float32", generator)
     q = 1e4 * torch.randn(1, 2, 576, generator=generator)
@@ -103,12 +103,31 @@ def test_chunks_of_tokens_give_the_same(generator, monkeypatch):
     torch.testing.assert_close(whole, chunked)
 
 
-@pytest.mark.parametrize(("num_heads", "num_valid"), [(8, [1, 15, 31, 64, 70]), (17, [33, 63]), (32, [65])])
-@pytest.mark.parametrize("cache_format", ["bfloat16", "fp8_ds_mla"])
+@pytest.mark.parametrize(
+    ("cache_format", "num_heads", "num_valid"),
+    [
+        ("bfloat16", 8, [1, 15, 31, 64, 70]),
+        ("fp8_ds_mla", 8, [1, 15, 31, 64, 70]),
+        ("bfloat16", 16, [0, 63]),
+        ("fp8_ds_mla", 16, [0, 63]),
+        ("bfloat16", 17, [33, 63]),
+        ("bfloat16", 32, [65, 0]),
+    ],
+)
 @implementations("sparse_mla")
 def test_bfloat16_queries_lose_no_more_than_the_rounding_of_weights(
     kernel, generator, cache_format, num_heads, num_valid
 ):
+    assert_rounded(kernel, generator, cache_format, num_heads, num_valid)
+
+
+@pytest.mark.parametrize(("num_heads", "num_valid"), [(17, [33, 63]), (32, [65])])
+@implementations("sparse_mla", num_heads=32, cache_format="fp8_ds_mla")
+def test_many_heads_on_an_fp8_cache_lose_no_more_than_that(kernel, generator, num_heads, num_valid):
+    assert_rounded(kernel, generator, "fp8_ds_mla", num_heads, num_valid)
+
+
+def assert_rounded(kernel, generator, cache_format, num_heads, num_valid):
     """Scores are sums of exact products, so that lse is tight; weights and the output are rounded to 2^-9.
 
     The counts lie around the ends of tiles of 16 (interpreted), 32 and 64 keys.
@@ -137,7 +156,9 @@ def in_float64(q, cache, slots, num_valid, scale):
     """`naive.sparse_mla` for many heads, which are taken at once."""
     outs, lses = [], []
     for query, row, count in zip(q.double(), slots.tolist(), num_valid.tolist(), strict=True):
-        rows = torch.tensor([naive.latent_row(cache, slot) for slot in row[:count]], dtype=torch.float64)
+        rows = torch.tensor([naive.latent_row(cache, slot) for slot in row[:count]], dtype=torch.float64).view(
+            -1, 576
+        )
         scores = query @ rows.T * scale
         outs.append(scores.softmax(-1) @ rows[:, :512])
         lses.append(scores.logsumexp(-1))
@@ -155,9 +176,9 @@ def test_every_code_is_exact_at_its_column(kernel):
     views.nope_scale[1, 3] = scale
     views.rope[1, 3] = 0.0
     value = nope_fp8.float() * scale.repeat_interleave(128)
-    q = torch.eye(512, 576).view(4, 128, 576).bfloat16()
-    out, lse = kernel(q, cache, torch.full((4, 3), 19, dtype=torch.int32), torch.ones(4, dtype=torch.int32), 1.0)
-    assert torch.equal(out.float(), value.expand(4, 128, 512))
+    q = torch.eye(512, 576).view(32, 16, 576).bfloat16()
+    out, lse = kernel(q, cache, torch.full((32, 3), 19, dtype=torch.int32), torch.ones(32, dtype=torch.int32), 1.0)
+    assert torch.equal(out.float(), value.expand(32, 16, 512))
     torch.testing.assert_close(lse.flatten(), value, rtol=1e-6, atol=0.0)
 
 

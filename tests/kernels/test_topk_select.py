@@ -83,10 +83,24 @@ def test_any_small_row(data):
     assert torch.equal(got, naive.topk(logits, torch.tensor([seen]), k))
 
 
+def tiling_of_parts(*splits: int, num_lone_rows: int = 0) -> Tiling:
+    tiles = topk_select_triton.tiling(None)
+    return dataclasses.replace(
+        tiles,
+        tile=32,
+        sample=16,
+        num_programs=3,
+        num_split_programs=3 * max(splits, default=1),
+        splits=splits,
+        num_lone_rows=num_lone_rows,
+        num_lone_warps=2,
+    )
+
+
 TILINGS = {
-    "whole rows": Tiling(32, 16, num_programs=3, num_split_programs=0, splits=(), num_warps=1, max_registers=None),
-    "2 parts": Tiling(32, 16, num_programs=3, num_split_programs=999, splits=(2,), num_warps=1, max_registers=None),
-    "more parts than tiles": Tiling(32, 16, 3, 999, splits=(8,), num_warps=1, max_registers=None),
+    "whole rows": tiling_of_parts(),
+    "2 parts": tiling_of_parts(2, num_lone_rows=99),
+    "8 parts": tiling_of_parts(8),
 }
 """All of lists of 64 keys for a K below 17."""
 
@@ -94,13 +108,16 @@ TILINGS = {
 def kinds_of_rows(width: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
     normal = torch.randn(width, generator=generator)
     sampled = torch.zeros(width, dtype=torch.bool)
-    sampled[torch.arange(16) * width // 16] = True
+    sampled.view(-1, 4)[torch.arange(4) * (width // 4) // 4] = True
     few_values = torch.randint(-1, 2, (width,), generator=generator).float()
     return {
         "random": normal,
         "rising: each key displaces one": normal.sort().values,
         "falling: none does": normal.sort(descending=True).values,
         "ties within and across tiles": few_values,
+        "of every magnitude": normal * 10.0 ** torch.linspace(-42, 38, width),
+        "from the lowest to the highest": normal.sign() * torch.finfo(torch.float32).max,
+        "infinities at both ends": torch.where(normal.abs() > 1, normal * math.inf, normal),
         "all equal": torch.full((width,), -0.0),
         "all NaN": torch.full((width,), math.nan),
         "mostly minus infinity": torch.where(normal > 1.8, normal, -math.inf),

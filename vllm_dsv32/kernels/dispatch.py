@@ -126,6 +126,24 @@ def _triton_refuses(problem: Problem) -> Refusal:
     return None
 
 
+_GLUON_CAPABILITY = (9, 0)
+_GLUON_FP8_HEADS = 16
+
+
+def _gluon_refuses(problem: Problem) -> Refusal:
+    """Kernels that are written for one generation of tensor cores."""
+    refusal = _triton_refuses(problem)
+    if refusal is not None:
+        return refusal
+    if problem.capability != _GLUON_CAPABILITY:
+        return f"takes compute capability {_dotted(_GLUON_CAPABILITY)}, got {_dotted(problem.capability)}"
+    if problem.dtype != torch.bfloat16:
+        return f"takes models in bfloat16, got {problem.dtype}"
+    if problem.cache_format == FP8_DS_MLA and problem.num_heads > _GLUON_FP8_HEADS:
+        return f"takes at most {_GLUON_FP8_HEADS} heads with {FP8_DS_MLA}, got {problem.num_heads}"
+    return None
+
+
 def _dotted(capability: tuple[int, int] | None) -> str:
     return "unknown" if capability is None else ".".join(map(str, capability))
 
@@ -198,6 +216,13 @@ KERNELS: list[Kernel] = [
     _triton("index_logits"),
     _triton("topk_select"),
     _triton("topk_slots"),
+    Kernel(
+        operation="sparse_mla",
+        name="gluon",
+        target="vllm_dsv32.kernels.sparse_mla_gluon:sparse_mla",
+        refuse=_gluon_refuses,
+        graph_capturable=True,
+    ),
     _triton("sparse_mla"),
     Kernel(
         operation="mla_output",

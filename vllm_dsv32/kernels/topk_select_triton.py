@@ -1,19 +1,17 @@
 """Operation ``topk_select`` in Triton: a row is read once, and what may be selected is kept in a short list.
 
-A sample of the row gives a threshold that a few times K logits are likely to pass. They are appended to a list in
-the order of their positions. A full list is cut down, which raises the threshold, so no row is too long and no
-distribution too unkind; if the sample misleads and fewer than K pass, the row is read again without a threshold.
-The last cut is exact. Whatever was guessed, the result is a function of the logits alone.
+A sample of the row gives a threshold that a few more than K logits are all but certain to reach. They are listed
+in the order of their positions, and the list, which fits the registers, is cut down to K. If the sample misleads,
+and fewer than K reach the threshold or more than fit, the row is read again, and the list is cut whenever it is
+full. Whatever was guessed, the result is a function of the logits alone.
 
-A list is cut in registers by halving the range of its keys: counting needs neither a sort nor a histogram, and
-ends as soon as the wanted number is above. Rows that fit the registers need no list, and rows of at most K keys
-are not read.
-
-In small batches several programs filter each row, and a second launch joins their lists.
+One launch lists, and a second one cuts; in small batches several programs list the parts of each row. Rows that fit
+the registers need no list, and rows of at most K keys are not read.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -21,22 +19,14 @@ import triton.language as tl
 
 from vllm_dsv32.kernels import triton_device
 from vllm_dsv32.kernels.triton_compilation import Compilation
-from vllm_dsv32.kernels.triton_topk import (
-    LOWEST,
-    append,
-    join,
-    keys_of,
-    load_source,
-    sample_threshold,
-    shortlist,
-    write_all,
-    write_highest,
-)
+from vllm_dsv32.kernels.triton_topk import columns, cut, highest, keys_of, num_before, places
+from vllm_dsv32.kernels.triton_topk_list import list_part, load_list, load_row, shortlist
 
 __all__ = ["Tiling", "compilations", "tiling", "topk_select"]
 
 _MAX_TOPK = 4096
-"""Places in a list are counted in 15 bits."""
+"""Keys of a list are counted in 15 bits."""
+_MIN_CAPACITY = 16
 
 
 @dataclass(frozen=True)
@@ -46,40 +36,60 @@ class Tiling:
     tile: int
     """Logits that are read at once."""
     sample: int
-    """Logits that the first threshold is guessed from."""
+    """Logits that the threshold is guessed from."""
     num_programs: int
-    """At most in a launch that gives each program whole rows; bounds the memory of their lists."""
+    """That list, at most, in one launch; bounds the memory of their lists."""
     num_split_programs: int
-    """At most in a launch that splits rows, likewise."""
+    """That list, at most, where rows are split."""
     splits: tuple[int, ...]
     """Into how many parts a row can be split; the largest is taken that the bound allows, or none."""
+    num_lone_rows: int
+    """Up to so many rows, a program has a multiprocessor to itself."""
+    num_lone_warps: int
+    """Of a program that cuts and has a multiprocessor to itself."""
     num_warps: int
+    """Of one that has not."""
     max_registers: int | None
-    """A thread's, where whole rows are streamed: two programs a multiprocessor wait for memory in turns."""
+    """A thread's, of one that has not."""
+    num_list_warps: int
+    """Of a program that lists."""
+    max_list_registers: int | None
+    """A thread's, of one that lists."""
 
 
 def tiling(capability: tuple[int, int] | None) -> Tiling:
     """The one place to tune; a capability of None is Triton's interpreter."""
     if capability is None:
-        return Tiling(64, 32, 3, 16, splits=(8, 2), num_warps=1, max_registers=None)
+        return Tiling(
+            tile=64,
+            sample=32,
+            num_programs=16,
+            num_split_programs=16,
+            splits=(8, 2),
+            num_lone_rows=0,
+            num_lone_warps=1,
+            num_warps=1,
+            max_registers=None,
+            num_list_warps=1,
+            max_list_registers=None,
+        )
     return Tiling(
         tile=2048,
         sample=2048,
-        num_programs=512,
-        num_split_programs=512,
-        splits=(64, 16, 4),
+        num_programs=1056,
+        num_split_programs=528,
+        splits=(16, 8, 4, 2),
+        num_lone_rows=132,
+        num_lone_warps=8,
         num_warps=8,
-        max_registers=128,
+        max_registers=128 if capability < (10, 0) else 168,  # of 128, the compiler spills too many there
+        num_list_warps=4,
+        max_list_registers=128,
     )
 
 
-@triton.jit
-def _list(lists_ptr: tl.tensor, index: tl.tensor, CAPACITY: tl.constexpr) -> tl.tensor:
-    return lists_ptr + index.to(tl.int64) * (2 * CAPACITY)
-
-
 @triton.jit(do_not_specialize_on_alignment=["num_keys_ptr"])
-def _filter_kernel(
+def _list_kernel(
     logits_ptr: tl.tensor,
     num_keys_ptr: tl.tensor,
     lists_ptr: tl.tensor,
@@ -89,72 +99,108 @@ def _filter_kernel(
     CAPACITY: tl.constexpr,
     TILE: tl.constexpr,
     SAMPLE: tl.constexpr,
-    SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
     VECTOR: tl.constexpr,
 ) -> None:
-    """List what passes in one part of a row. More than fit are counted, and then all of the row is read anew."""
-    row_index, split = tl.program_id(0), tl.program_id(1)
+    """List what may be selected of one part of a row."""
+    row_index, part = tl.program_id(0), tl.program_id(1)
     seen = tl.load(num_keys_ptr + row_index)
     if seen <= CAPACITY:
         return
     row = logits_ptr + row_index.to(tl.int64) * logits_stride
-    part = row_index * SPLITS + split
-    list_ptr = _list(lists_ptr, part, CAPACITY)
-    count = 0
-    part_size = tl.cdiv(tl.cdiv(seen, SPLITS), TILE) * TILE
-    begin = split * part_size
+    index = row_index * PARTS + part
+    part_size = tl.cdiv(tl.cdiv(seen, PARTS), 4) * 4
+    begin = part * part_size
     end = tl.minimum(begin + part_size, seen)
-    if begin < end:
-        threshold = sample_threshold(row, seen, K, CAPACITY, SAMPLE)
-        for tile_begin in range(begin, end, TILE):
-            keys = keys_of(load_source(row, tile_begin, end, TILE, VECTOR), tile_begin, end)
-            append(list_ptr, count, keys, tile_begin, threshold, CAPACITY)
-            count += tl.sum((keys >= threshold).to(tl.int32))
-    tl.store(counts_ptr + part, count)
+    list_ptr = lists_ptr + index.to(tl.int64) * (2 * CAPACITY)
+    count = list_part(list_ptr, row, begin, end, seen, K, CAPACITY, TILE, SAMPLE, VECTOR)
+    tl.store(counts_ptr + index, count)
 
 
-@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["num_keys_ptr"])
+@triton.jit
+def _write_all(topk_pos: tl.tensor, seen: tl.tensor, K: tl.constexpr) -> None:
+    """The result of a row that sees no more than K keys."""
+    rank = tl.arange(0, triton.next_power_of_2(K))
+    tl.store(topk_pos + rank, tl.where(rank < seen, rank, -1), mask=rank < K)
+
+
+@triton.jit
+def _write_highest(
+    topk_pos: tl.tensor,
+    row: tl.tensor,
+    seen: tl.tensor,
+    list_ptr: tl.tensor,
+    counts: tl.tensor,
+    count: tl.tensor,
+    K: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
+    VECTOR: tl.constexpr,
+) -> None:
+    """The positions of the K highest of a row, or of the list of a row that is longer than the capacity."""
+    pos = places(SIZE)
+    if PARTS == 0:  # noqa: SIM114 (the others are not compiled then)
+        keys = keys_of(load_row(row, 0, seen, SIZE, VECTOR), pos < seen)
+    elif seen <= CAPACITY:
+        keys = keys_of(load_row(row, 0, seen, SIZE, VECTOR), pos < seen)
+    else:
+        keys, pos = load_list(list_ptr, counts, SIZE, CAPACITY, PARTS)
+    low, num_low, num_kept = cut(keys, count, seen, K, K)
+    ones = highest(keys, low, num_low, num_kept).to(tl.int32)
+    target = topk_pos + num_before(ones)
+    ones_0, ones_1, ones_2, ones_3 = columns(ones)
+    pos_0, pos_1, pos_2, pos_3 = columns(pos)
+    tl.store(target, pos_0, mask=ones_0 != 0)
+    target += ones_0
+    tl.store(target, pos_1, mask=ones_1 != 0)
+    target += ones_1
+    tl.store(target, pos_2, mask=ones_2 != 0)
+    target += ones_2
+    tl.store(target, pos_3, mask=ones_3 != 0)
+
+
+@triton.jit(do_not_specialize_on_alignment=["num_keys_ptr"])
 def _select_kernel(
     logits_ptr: tl.tensor,
     num_keys_ptr: tl.tensor,
     topk_pos_ptr: tl.tensor,
     lists_ptr: tl.tensor,
-    parts_ptr: tl.tensor,
     counts_ptr: tl.tensor,
-    num_rows: tl.tensor,
     logits_stride: tl.tensor,
     topk_pos_stride: tl.tensor,
     K: tl.constexpr,
     CAPACITY: tl.constexpr,
     TILE: tl.constexpr,
-    SAMPLE: tl.constexpr,
-    SPLITS: tl.constexpr,
-    LISTS: tl.constexpr,
+    PARTS: tl.constexpr,
     VECTOR: tl.constexpr,
 ) -> None:
+    """Select from a row whose parts have been listed, or that fits the capacity: then ``PARTS`` may be 0."""
     row_index = tl.program_id(0)
-    while row_index < num_rows:
-        seen = tl.load(num_keys_ptr + row_index)
-        row = logits_ptr + row_index.to(tl.int64) * logits_stride
-        topk_pos = topk_pos_ptr + row_index.to(tl.int64) * topk_pos_stride
-        if seen <= K:
-            write_all(topk_pos, seen, K)
-        elif seen <= CAPACITY:
-            write_highest(topk_pos, row, seen, K, CAPACITY, TILE, VECTOR)
-        elif LISTS:
-            list_ptr = _list(lists_ptr, tl.program_id(0), CAPACITY)
-            threshold = tl.full((), LOWEST, tl.int32)
-            if SPLITS:
-                parts = _list(parts_ptr, row_index * SPLITS, CAPACITY)
-                count = join(list_ptr, parts, counts_ptr + row_index * SPLITS, CAPACITY, TILE, SPLITS)
-            else:
-                count = 0
-                threshold = sample_threshold(row, seen, K, CAPACITY, SAMPLE)
-            while count < K:
-                count = shortlist(list_ptr, row, seen, threshold, K, CAPACITY, TILE, VECTOR)
-                threshold = tl.full((), LOWEST, tl.int32)
-            write_highest(topk_pos, list_ptr, count, K, CAPACITY, TILE, VECTOR)
-        row_index += tl.num_programs(0)
+    seen = tl.load(num_keys_ptr + row_index)
+    row = logits_ptr + row_index.to(tl.int64) * logits_stride
+    topk_pos = topk_pos_ptr + row_index.to(tl.int64) * topk_pos_stride
+    if seen <= K:
+        _write_all(topk_pos, seen, K)
+        return
+    list_ptr = lists_ptr + row_index.to(tl.int64) * (PARTS * 2 * CAPACITY)
+    counts = counts_ptr + row_index * PARTS
+    count, num_places = seen, seen
+    if PARTS > 0:  # noqa: SIM102 (what is nested is not compiled otherwise)
+        if seen > CAPACITY:
+            part = tl.arange(0, PARTS)
+            part_counts = tl.load(counts + part)
+            count = tl.sum(part_counts)
+            num_places = tl.sum(tl.cdiv(part_counts, 4) * 4)
+            if (count < K) | (num_places > CAPACITY):
+                count = shortlist(list_ptr, row, seen, K, CAPACITY, TILE // 4, VECTOR)
+                num_places = count
+                tl.store(counts + part, tl.where(part == 0, count, 0))
+                tl.debug_barrier()  # list and counts have been written
+    if (CAPACITY // 2 > K) & (num_places <= CAPACITY // 2):
+        _write_highest(topk_pos, row, seen, list_ptr, counts, count, K, CAPACITY, CAPACITY // 2, PARTS, VECTOR)
+    else:
+        _write_highest(topk_pos, row, seen, list_ptr, counts, count, K, CAPACITY, CAPACITY, PARTS, VECTOR)
 
 
 def topk_select(logits: torch.Tensor, num_keys: torch.Tensor, topk_pos: torch.Tensor) -> None:
@@ -170,39 +216,49 @@ def topk_select(logits: torch.Tensor, num_keys: torch.Tensor, topk_pos: torch.Te
     if num_rows == 0 or k == 0:
         return
     tiles = tiling(triton_device.capability_of(logits.device))
-    capacity = _capacity(k, tiles)
-    lists = length > capacity
-    splits, num_programs = 0, num_rows
-    parts = counts = topk_pos
-    if lists:
-        splits = next((s for s in tiles.splits if s * num_rows <= tiles.num_split_programs), 0)
-        num_programs = num_rows if splits else min(num_rows, tiles.num_programs)
-        memory = torch.empty((num_programs, 2, capacity), dtype=torch.int32, device=logits.device)
-    else:
-        memory = topk_pos
-        capacity = min(capacity, max(tiles.tile, triton.next_power_of_2(length)))
-    constexprs = _constexprs(k, capacity, splits, tiles, 4 if logits.stride(0) % 4 == 0 else 1)
-    if splits:
-        parts = memory.new_empty((num_rows, splits, 2, capacity))
-        counts = memory.new_empty((num_rows, splits))
-        _filter_kernel[(num_rows, splits)](
-            logits, num_keys, parts, counts, logits.stride(0), **constexprs, num_warps=tiles.num_warps
+    capacity, vector = _capacity(k, tiles), 4 if logits.stride(0) % 4 == 0 else 1
+    if length <= capacity:
+        # Rows of K keys are not read: one size, then, for all that are shorter than twice that.
+        capacity = min(capacity, triton.next_power_of_2(max(length, 2 * k, _MIN_CAPACITY)))
+        _select_kernel[(num_rows,)](
+            logits,
+            num_keys,
+            topk_pos,
+            topk_pos,
+            topk_pos,
+            logits.stride(0),
+            topk_pos.stride(0),
+            **_select_constexprs(k, capacity, 0, tiles, vector),
+            **_select_options(num_rows, tiles),
         )
-    _select_kernel[(num_programs,)](
-        logits,
-        num_keys,
-        topk_pos,
-        memory,
-        parts,
-        counts,
-        num_rows,
-        logits.stride(0),
-        topk_pos.stride(0),
-        **constexprs,
-        LISTS=lists,
-        num_warps=tiles.num_warps,
-        maxnreg=tiles.max_registers if lists and not splits else None,
-    )
+        return
+    rows_at_once = min(num_rows, tiles.num_programs)
+    parts = next((s for s in tiles.splits if s * rows_at_once <= tiles.num_split_programs), 1)
+    lists = topk_pos.new_empty((rows_at_once, parts, 2, capacity))
+    counts = topk_pos.new_empty((rows_at_once, parts))
+    for begin in range(0, num_rows, rows_at_once):
+        rows = slice(begin, min(begin + rows_at_once, num_rows))
+        _list_kernel[(rows.stop - begin, parts)](
+            logits[rows],
+            num_keys[rows],
+            lists,
+            counts,
+            logits.stride(0),
+            **_list_constexprs(k, capacity, parts, tiles, vector),
+            num_warps=tiles.num_list_warps,
+            maxnreg=tiles.max_list_registers,
+        )
+        _select_kernel[(rows.stop - begin,)](
+            logits[rows],
+            num_keys[rows],
+            topk_pos[rows],
+            lists,
+            counts,
+            logits.stride(0),
+            topk_pos.stride(0),
+            **_select_constexprs(k, capacity, parts, tiles, vector),
+            **_select_options(rows_at_once, tiles),
+        )
 
 
 def _capacity(k: int, tiles: Tiling) -> int:
@@ -210,47 +266,49 @@ def _capacity(k: int, tiles: Tiling) -> int:
     return max(4 * triton.next_power_of_2(k), 2 * tiles.tile)
 
 
-def _constexprs(k: int, capacity: int, splits: int, tiles: Tiling, vector: int) -> dict[str, object]:
-    return {
-        "K": k,
-        "CAPACITY": capacity,
-        "TILE": tiles.tile,
-        "SAMPLE": tiles.sample,
-        "SPLITS": splits,
-        "VECTOR": vector,
-    }
+def _select_options(num_rows: int, tiles: Tiling) -> dict[str, Any]:
+    if num_rows <= tiles.num_lone_rows:
+        return {"num_warps": tiles.num_lone_warps, "maxnreg": None}
+    return {"num_warps": tiles.num_warps, "maxnreg": tiles.max_registers}
+
+
+def _select_constexprs(k: int, capacity: int, parts: int, tiles: Tiling, vector: int) -> dict[str, object]:
+    return {"K": k, "CAPACITY": capacity, "TILE": tiles.tile, "PARTS": parts, "VECTOR": vector}
+
+
+def _list_constexprs(k: int, capacity: int, parts: int, tiles: Tiling, vector: int) -> dict[str, object]:
+    return {**_select_constexprs(k, capacity, parts, tiles, vector), "SAMPLE": tiles.sample}
 
 
 def compilations(capability: tuple[int, int]) -> Iterator[Compilation]:
-    """Both kernels for a top-k of 2048: short rows, long rows, and long rows that are split."""
+    """Both kernels for a top-k of 2048: short rows, few and many, and long rows, whole and split."""
     k, tiles = 2048, tiling(capability)
     capacity = _capacity(k, tiles)
     rows: dict[str, str] = {"logits_ptr": "*fp32", "num_keys_ptr": "*i32"}
-    lists: dict[str, str] = {"parts_ptr": "*i32", "counts_ptr": "*i32"}
-    for name, splits in (("short rows", 0), ("long rows", 0), *((f"{s} splits", s) for s in tiles.splits)):
-        constexprs = _constexprs(k, capacity, splits, tiles, vector=4)
-        yield Compilation(
-            name=f"topk_select {name}",
-            kernel=_select_kernel,
-            signature={
-                **rows,
-                "topk_pos_ptr": "*i32",
-                "lists_ptr": "*i32",
-                **lists,
-                "num_rows": "i32",
-                "logits_stride": "i32",
-                "topk_pos_stride": "i32",
-            },
-            constexprs={**constexprs, "LISTS": name != "short rows"},
-            num_warps=tiles.num_warps,
-            num_stages=1,
-        )
-        if splits:
+    lists: dict[str, str] = {"lists_ptr": "*i32", "counts_ptr": "*i32"}
+    strides: dict[str, str] = {"logits_stride": "i32", "topk_pos_stride": "i32"}
+    for parts in (0, 1, *tiles.splits):
+        name = f"{parts} parts" if parts else "short rows"
+        for num_rows in (1, tiles.num_lone_rows + 1):
+            if parts > 1 and parts * num_rows > tiles.num_split_programs:
+                continue
+            options = _select_options(num_rows, tiles)
             yield Compilation(
-                name=f"topk_select filter {name}",
-                kernel=_filter_kernel,
-                signature={**rows, "lists_ptr": "*i32", "counts_ptr": "*i32", "logits_stride": "i32"},
-                constexprs=constexprs,
-                num_warps=tiles.num_warps,
+                name=f"topk_select {name}, {num_rows} rows",
+                kernel=_select_kernel,
+                signature={**rows, "topk_pos_ptr": "*i32", **lists, **strides},
+                constexprs=_select_constexprs(k, capacity, parts, tiles, vector=4),
+                num_warps=options["num_warps"],
                 num_stages=1,
+                max_registers=options["maxnreg"],
+            )
+        if parts:
+            yield Compilation(
+                name=f"topk_select list of {name}",
+                kernel=_list_kernel,
+                signature={**rows, **lists, "logits_stride": "i32"},
+                constexprs=_list_constexprs(k, capacity, parts, tiles, vector=4),
+                num_warps=tiles.num_list_warps,
+                num_stages=1,
+                max_registers=tiles.max_list_registers,
             )

@@ -1,252 +1,144 @@
-"""Selecting the K highest of a row inside Triton kernels: the pieces of operation ``topk_select``.
+"""Cutting keys down to the K highest inside Triton kernels: the search of operation ``topk_select``.
 
-A *key* is the int32 with the order of a logit. A *list* holds what may be selected of a row, in the order of
-positions: ``CAPACITY`` keys in memory, then their positions. What is called a source is a list (int32) or a row
-of logits (float32), whose positions are its places.
+A *key* is the int32 with the order of a logit. Keys are held as ``[SIZE / 4, 4]``, four places in a row to a
+thread: a word of memory, a part of each sum and scan that needs no exchange, and four columns (:func:`columns`)
+that are laid out as stores want them.
 """
 
 import triton
 import triton.language as tl
 
-__all__ = [
-    "LOWEST",
-    "append",
-    "join",
-    "keys_of",
-    "load_source",
-    "sample_threshold",
-    "shortlist",
-    "write_all",
-    "write_highest",
-]
+__all__ = ["LOWEST", "NOTHING", "columns", "cut", "highest", "keys_of", "logit_of", "num_before", "places"]
 
-_MINUS_INFINITY_BITS = tl.constexpr(-0x00800000)  # 0xff800000
-_HIGHEST = tl.constexpr(0x7FFFFFFF)
-_NOTHING = tl.constexpr(-0x80000000)
+NOTHING = tl.constexpr(-0x80000000)
 """The key of a place without a logit: below that of minus infinity."""
-LOWEST = tl.constexpr(-0x7FFFFFFF)
-"""A threshold that every logit passes."""
+LOWEST = tl.constexpr(-0x7F800000)
+"""The key of minus infinity."""
 
 
 @triton.jit
-def _ordered(logit: tl.tensor) -> tl.tensor:
-    """float32 to the int32 of the same order: NaN as -inf, and one key for both zeros."""
+def places(SIZE: tl.constexpr) -> tl.tensor:
+    """int32 ``[SIZE / 4, 4]``: 0, 1, 2, ..."""
+    return tl.arange(0, SIZE // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
+
+
+@triton.jit
+def columns(x: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """The four columns of ``[N, 4]``."""
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def num_before(ones: tl.tensor) -> tl.tensor:
+    """How many ones of ``[N, 4]`` lie in the rows above each: int32 ``[N]``."""
+    in_row = tl.sum(ones, axis=1)
+    return tl.cumsum(in_row, axis=0) - in_row
+
+
+@triton.jit
+def keys_of(logit: tl.tensor, valid: tl.tensor) -> tl.tensor:
+    """float32 to the int32 of the same order: NaN as -inf, one key for both zeros; ``NOTHING`` where not valid."""
     bits = logit.to(tl.int32, bitcast=True)
-    bits = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, _MINUS_INFINITY_BITS, bits)
-    bits = tl.where(bits == _NOTHING, 0, bits)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    key = tl.where(bits < 0, NOTHING - bits, bits)
+    return tl.where(valid, tl.where(logit == logit, key, LOWEST), NOTHING)
 
 
 @triton.jit
-def load_source(
-    source: tl.tensor, begin: tl.tensor, count: tl.tensor, SIZE: tl.constexpr, VECTOR: tl.constexpr
-) -> tl.tensor:
-    """What lies at ``SIZE`` places of a source, for :func:`keys_of`.
+def logit_of(key: tl.tensor) -> tl.tensor:
+    """The float32 that has a key."""
+    return tl.where(key < 0, NOTHING - key, key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _extent(keys: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """The lowest key and the highest."""
+    lowest = tl.min(tl.where(keys == NOTHING, 0x7FFFFFFF, keys), axis=1)
+    # One reduction for both: ~ turns the order around. Not negatives: of max(max(-a, -b), -c), ptxas 12.8 to 13.0
+    # makes max(-a, b, -c) for SM 90 and 100.
+    both = tl.max(tl.join(tl.max(keys, axis=1), ~lowest), axis=0)
+    highest_key, complement = tl.split(both)
+    return ~complement, highest_key
+
+
+@triton.jit
+def _log_odds(count: tl.tensor, total: tl.tensor) -> tl.tensor:
+    count = tl.minimum(tl.maximum(count * 1.0, 0.5), total - 0.5)
+    return tl.log2(count) - tl.log2(total - count)
+
+
+@triton.jit
+def _guess(logit: tl.tensor, low: tl.tensor, high: tl.tensor) -> tl.tensor:
+    """The key of a logit, which may be NaN, moved between both ends."""
+    bits = logit.to(tl.int32, bitcast=True)
+    return tl.minimum(tl.maximum(tl.where(bits < 0, NOTHING - bits, bits), low + 1), high - 1)
+
+
+@triton.jit
+def cut(
+    keys: tl.tensor, count: tl.tensor, total: tl.tensor, k: tl.tensor, limit: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Where to cut so that the ``k`` highest keys remain, and not more than ``limit`` in all.
+
+    Each round counts the keys above two guesses on both sides of where the k-th highest should lie: first as if
+    logits had a logistic distribution, then as if they were even in the interval that is left. A round that leaves
+    more than three quarters of the keys in the interval is followed by one that cuts the range of keys in three. So
+    there are at most some 60 rounds, whatever the distribution. The guesses change nothing but the time.
 
     Args:
-        source: pointer to a list or to a row.
-        begin: first place, a multiple of ``VECTOR``.
-        count: of the source's keys.
-        SIZE: how many places.
-        VECTOR: values of a word in memory, of which the source has a whole number; a mask that ends inside a
-            word would have all words read in parts.
-    """
-    place = begin + tl.arange(0, SIZE)
-    return tl.load(source + place, mask=place < tl.cdiv(count, VECTOR) * VECTOR, other=0)
-
-
-@triton.jit
-def keys_of(loaded: tl.tensor, begin: tl.tensor, count: tl.tensor) -> tl.tensor:
-    """Keys; ``_NOTHING`` from ``count`` on."""
-    if loaded.dtype == tl.float32:
-        loaded = _ordered(loaded)
-    return tl.where(begin + tl.arange(0, loaded.shape[0]) < count, loaded, _NOTHING)
-
-
-@triton.jit
-def _cut(keys: tl.tensor, count: tl.tensor, k: tl.tensor, limit: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """Where to cut so that the ``k`` highest remain, and not more than ``limit`` in all.
-
-    The interval in which the k-th highest lies is halved until what is above its lower end is few enough. If
-    ties keep it from that, the interval shrinks to their key, and only ``k`` remain.
-
-    Args:
-        keys: with ``_NOTHING`` where there is none.
+        keys: int32 ``[N, 4]``, ``NOTHING`` where there is none, less than 2^15.
         count: of the others; at least ``k``.
-        k: how many have to remain.
-        limit: how many may remain.
+        total: of the keys that these are the highest of, for the first guess.
+        k: how many have to remain; at least 1.
+        limit: how many may remain; at least ``k``.
 
     Returns:
-        The lowest key that remains, and how many of that key do: the first ones.
+        The lowest key that remains; how many keys are above or equal to it; and of these, how many remain: fewer
+        only where equal keys make them more than the limit, and then ``k``.
     """
-    low = tl.min(tl.where(keys == _NOTHING, _HIGHEST, keys))
-    high = tl.max(keys)
-    num_from_low, num_above_high = count, 0
-    while (low < high) & (num_from_low > limit):
-        middle = (low | high) - ((low ^ high) >> 1)  # the mean, rounded up, without overflow
-        num_from_middle = tl.sum((keys >= middle).to(tl.int32))
-        enough = num_from_middle >= k
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle - 1)
-        num_from_low = tl.where(enough, num_from_middle, num_from_low)
-        num_above_high = tl.where(enough, num_above_high, num_from_middle)
-    return low, tl.where(num_from_low > limit, k - num_above_high, num_from_low)
+    low, high = _extent(keys)
+    high += 1
+    num_low, num_high = count, count * 0
+    num_total = total.to(tl.float32)
+    odds_low = _log_odds(num_low, num_total)
+    aim = (odds_low - _log_odds(k, num_total)) / (odds_low - _log_odds(num_high, num_total))
+    margin = aim * 0 + 0.04
+    stuck = False
+    while (num_low > limit) & (low + 1 < high):
+        bottom = logit_of(low)
+        range_size = logit_of(high) - bottom
+        # By halves: the range of keys itself may exceed what an int32 holds.
+        third = tl.maximum(((high >> 1) - (low >> 1)) // 3 * 2, 1)
+        first = tl.where(stuck, low + third, _guess(bottom + range_size * (aim - margin), low, high))
+        second = tl.where(stuck, high - third, _guess(bottom + range_size * (aim + margin), low, high))
+        # One sum for both counts.
+        counts = tl.sum((keys >= first).to(tl.int32) + ((keys >= second).to(tl.int32) << 16))
+        num_first, num_second = counts & 0xFFFF, counts >> 16
+        num_between = num_low - num_high
+        low = tl.where(num_second >= k, second, tl.where(num_first >= k, first, low))
+        num_low = tl.where(num_second >= k, num_second, tl.where(num_first >= k, num_first, num_low))
+        high = tl.where(num_first < k, first, tl.where(num_second < k, second, high))
+        num_high = tl.where(num_first < k, num_first, tl.where(num_second < k, num_second, num_high))
+        stuck = 4 * (num_low - num_high) > 3 * num_between
+        root = tl.rsqrt((num_low - num_high).to(tl.float32))
+        aim = (num_low - k + 0.5) * root * root
+        margin = tl.minimum(0.03 + 0.4 * root, 0.1667)
+    return low, num_low, tl.where(num_low > limit, k, num_low)
 
 
 @triton.jit
-def _keep(
-    source: tl.tensor,
-    count: tl.tensor,
-    low: tl.tensor,
-    num_ties: tl.tensor,
-    target: tl.tensor,
-    IN_PLACE: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    TILE: tl.constexpr,
-    VECTOR: tl.constexpr,
-) -> tl.tensor:
-    """Write what remains of a source after a :func:`_cut`, in order; returns how many, which is less than 2^15.
-
-    In place, a list remains a list; elsewhere, positions alone are written.
-    """
-    # One scan for both counts: ties are counted in the upper half of the word.
-    num_before = 0
-    for begin in range(0, count, TILE):
-        place = begin + tl.arange(0, TILE)
-        keys = keys_of(load_source(source, begin, count, TILE, VECTOR), begin, count)
-        pos = place
-        if source.dtype.element_ty == tl.int32:
-            pos = tl.load(source + CAPACITY + place, mask=place < count, other=-1)
-        above, tied = keys > low, keys == low
-        ones = above.to(tl.int32) + (tied.to(tl.int32) << 16)
-        before = num_before + tl.cumsum(ones, axis=0) - ones
-        num_before += tl.sum(ones)
-        kept = above | (tied & ((before >> 16) < num_ties))
-        rank = (before & 0xFFFF) + tl.minimum(before >> 16, num_ties)
-        if IN_PLACE:
-            tl.debug_barrier()  # what is overwritten has been read
-            tl.store(target + rank, keys, mask=kept)
-            tl.store(target + CAPACITY + rank, pos, mask=kept)
-        else:
-            tl.store(target + rank, pos, mask=kept)
-    return (num_before & 0xFFFF) + tl.minimum(num_before >> 16, num_ties)
-
-
-@triton.jit
-def write_all(topk_pos: tl.tensor, seen: tl.tensor, K: tl.constexpr) -> None:
-    """The result of a row that sees no more than K keys."""
-    rank = tl.arange(0, triton.next_power_of_2(K))
-    tl.store(topk_pos + rank, tl.where(rank < seen, rank, -1), mask=rank < K)
-
-
-@triton.jit
-def write_highest(
-    topk_pos: tl.tensor,
-    source: tl.tensor,
-    count: tl.tensor,
-    K: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    TILE: tl.constexpr,
-    VECTOR: tl.constexpr,
-) -> None:
-    """The positions of the K highest keys of a source, which has at least K and at most ``CAPACITY``."""
-    low, num_ties = _cut(keys_of(load_source(source, 0, count, CAPACITY, VECTOR), 0, count), count, K, K)
-    _keep(source, count, low, num_ties, topk_pos, False, CAPACITY, TILE, VECTOR)
-
-
-@triton.jit
-def append(
-    list_ptr: tl.tensor,
-    count: tl.tensor,
-    keys: tl.tensor,
-    begin: tl.tensor,
-    threshold: tl.tensor,
-    CAPACITY: tl.constexpr,
-) -> None:
-    """Write the keys that pass, with their positions from ``begin`` on, behind the ``count`` of the list."""
-    passes = keys >= threshold
-    ones = passes.to(tl.int32)
-    place = count + tl.cumsum(ones, axis=0) - ones
-    fits = passes & (place < CAPACITY)
-    tl.store(list_ptr + place, keys, mask=fits)
-    tl.store(list_ptr + CAPACITY + place, begin + tl.arange(0, keys.shape[0]), mask=fits)
-
-
-@triton.jit
-def shortlist(
-    list_ptr: tl.tensor,
-    row: tl.tensor,
-    seen: tl.tensor,
-    threshold: tl.tensor,
-    K: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    TILE: tl.constexpr,
-    VECTOR: tl.constexpr,
-) -> tl.tensor:
-    """List what may be selected of a row above a threshold; returns how many.
-
-    ``K`` or more are the highest of the row; fewer mean that the threshold was too high.
-    """
-    # Room for as many keys as are cut off before the next cut, against cuts that take long to be close.
-    LIMIT: tl.constexpr = (K + CAPACITY // 2) // 2
-    tl.debug_barrier()  # the list of a row before has been read
-    count = 0
-    upcoming = load_source(row, 0, seen, TILE, VECTOR)
-    for begin in range(0, seen, TILE):
-        keys = keys_of(upcoming, begin, seen)
-        upcoming = load_source(row, begin + TILE, seen, TILE, VECTOR)
-        num_passing = tl.sum((keys >= threshold).to(tl.int32))
-        if count + num_passing > CAPACITY:
-            tl.debug_barrier()  # the list has been written
-            listed = keys_of(load_source(list_ptr, 0, count, CAPACITY, VECTOR), 0, count)
-            low, num_ties = _cut(listed, count, K, LIMIT)
-            count = _keep(list_ptr, count, low, num_ties, list_ptr, True, CAPACITY, TILE, VECTOR)
-            threshold = low + 1  # an equal key loses against K or more of lower positions
-            num_passing = tl.sum((keys >= threshold).to(tl.int32))
-        append(list_ptr, count, keys, begin, threshold, CAPACITY)
-        count += num_passing
-    tl.debug_barrier()
-    return count
-
-
-@triton.jit
-def sample_threshold(
-    row: tl.tensor, seen: tl.tensor, K: tl.constexpr, CAPACITY: tl.constexpr, SAMPLE: tl.constexpr
-) -> tl.tensor:
-    """A key that more than ``K`` and at most ``CAPACITY`` of a row are likely to reach.
-
-    It is guessed from ``SAMPLE`` logits at equal distances.
-    """
-    pos = tl.arange(0, SAMPLE) * seen // SAMPLE
-    rank = tl.cdiv((K + CAPACITY) // 2 * SAMPLE, seen)
-    low, _ = _cut(_ordered(tl.load(row + pos)), SAMPLE, rank, rank + rank // 8)
-    return low
-
-
-@triton.jit
-def join(
-    list_ptr: tl.tensor,
-    parts_ptr: tl.tensor,
-    counts_ptr: tl.tensor,
-    CAPACITY: tl.constexpr,
-    TILE: tl.constexpr,
-    SPLITS: tl.constexpr,
-) -> tl.tensor:
-    """Copy the lists of a row's parts into one, in order; returns how many, or 0 if they do not fit."""
-    split = tl.arange(0, SPLITS)
-    counts = tl.load(counts_ptr + split)
-    total = tl.sum(counts)
-    if total > CAPACITY:
-        total = 0
-    else:
-        source = parts_ptr + split[:, None] * (2 * CAPACITY)
-        target = list_ptr + (tl.cumsum(counts, axis=0) - counts)[:, None]
-        LANES: tl.constexpr = TILE // SPLITS
-        for begin in range(0, tl.max(counts), LANES):
-            place = begin + tl.arange(0, LANES)[None, :]
-            taken = place < counts[:, None]
-            tl.store(target + place, tl.load(source + place, mask=taken), mask=taken)
-            pos = tl.load(source + CAPACITY + place, mask=taken)
-            tl.store(target + CAPACITY + place, pos, mask=taken)
-        tl.debug_barrier()
-    return total
+def highest(keys: tl.tensor, low: tl.tensor, num_low: tl.tensor, num_kept: tl.tensor) -> tl.tensor:
+    """Which keys remain after a :func:`cut`: of equal ones the first."""
+    place = places(keys.shape[0] * 4)
+    # At how many places from the first on keys equal to the lowest remain.
+    fewest, most = num_low * 0, num_low * 0 + keys.shape[0] * 4
+    if num_kept < num_low:
+        num_above = tl.sum((keys > low).to(tl.int32))
+        while fewest < most:
+            middle = (fewest + most) // 2
+            enough = num_above + tl.sum(((keys == low) & (place < middle)).to(tl.int32)) >= num_kept
+            fewest = tl.where(enough, fewest, middle + 1)
+            most = tl.where(enough, middle, most)
+    return keys >= tl.where(place < most, low, low + 1)

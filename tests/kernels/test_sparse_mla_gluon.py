@@ -1,0 +1,95 @@
+"""What is particular to the Gluon kernels, which no interpreter runs: real tiles, rings that turn, and splits."""
+
+import pytest
+import torch
+
+from kernels.inputs import latent_cache
+from vllm_dsv32.kernels import sparse_mla, sparse_mla_gluon
+from vllm_dsv32.layout import latent_fp8_views
+
+needs_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a GPU of SM 90"
+)
+SCALE = 0.04
+NUM_VALID = [0, 1, 63, 64, 65, 127, 128, 129, 139, 1000, 2047, 2048, 2048]
+FORMATS_AND_HEADS = [
+    *(("bfloat16", heads) for heads in (1, 8, 16, 17, 32, 64, 65, 128)),
+    *(("fp8_ds_mla", heads) for heads in (1, 8, 16)),
+]
+
+
+def problem(cache_format: str, num_heads: int, num_valid: list[int], block_size: int = 64):
+    """Rows that no token selects are NaN, and slots past the count point out of the cache."""
+    torch.manual_seed(1)
+    num_slots = 4096
+    valid = torch.tensor(num_valid, dtype=torch.int32, device="cuda")
+    slots = torch.stack([torch.randperm(num_slots)[:2048] for _ in num_valid]).int()
+    for token, count in enumerate(num_valid):
+        slots[token, count:] = 2**31 - 1
+    slots = slots.cuda()
+    used = slots[slots < num_slots].unique().long()
+    cache = latent_cache(-(-num_slots // block_size), block_size, cache_format, gap_nbytes=64).cuda()
+    if cache_format == "fp8_ds_mla":
+        views, at = latent_fp8_views(cache), (used // block_size, used % block_size)
+        values = torch.randn(len(used), 512, device="cuda")
+        views.nope_fp8.view(torch.uint8)[at] = values.to(torch.float8_e4m3fn).view(torch.uint8)
+        views.nope_scale[at] = torch.tensor([0.1, 1.0, 0.03, 0.5], device="cuda")
+        views.rope[at] = torch.randn(len(used), 64, device="cuda").bfloat16()
+    else:
+        cache[used // block_size, used % block_size] = torch.randn(len(used), 576, device="cuda").bfloat16()
+    q = torch.randn(len(num_valid), num_heads, 576, device="cuda").bfloat16()
+    q[-1] *= 20  # a softmax of few keys, whose maximum moves
+    return q, cache, slots, valid, SCALE
+
+
+def assert_near(got, wanted):
+    (out, lse), (wanted_out, wanted_lse) = got, wanted
+    torch.testing.assert_close(lse, wanted_lse, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(out.float(), wanted_out, rtol=2**-7, atol=2**-7 * float(wanted_out.abs().max()))
+
+
+@pytest.mark.parametrize("num_splits", [None, 1, 2, 3, 32])
+@pytest.mark.parametrize(("cache_format", "num_heads"), FORMATS_AND_HEADS)
+@needs_hopper
+def test_counts_around_tiles_and_splits(monkeypatch, cache_format, num_heads, num_splits):
+    if num_splits is not None:
+        monkeypatch.setattr(sparse_mla_gluon, "split_count", lambda *_: num_splits)
+    arguments = problem(cache_format, num_heads, NUM_VALID)
+    out, lse = sparse_mla_gluon.sparse_mla(*arguments)
+    assert_near((out, lse), sparse_mla.reference(arguments[0].float(), *arguments[1:]))
+    assert not out[0].any()
+    assert bool((lse[0] == -torch.inf).all())
+    for _ in range(20):
+        again, lse_again = sparse_mla_gluon.sparse_mla(*arguments)
+        assert torch.equal(again, out)
+        assert torch.equal(lse_again, lse)
+
+
+@pytest.mark.parametrize("block_size", [16, 48, 256])
+@pytest.mark.parametrize(("cache_format", "num_heads"), [("bfloat16", 16), ("bfloat16", 64), ("fp8_ds_mla", 16)])
+@needs_hopper
+def test_other_pages(cache_format, num_heads, block_size):
+    arguments = problem(cache_format, num_heads, [300, 64, 2000], block_size)
+    got = sparse_mla_gluon.sparse_mla(*arguments)
+    assert_near(got, sparse_mla.reference(arguments[0].float(), *arguments[1:]))
+
+
+@pytest.mark.parametrize(
+    ("q", "cache", "message"),
+    [
+        (torch.zeros(1, 4, 576), torch.zeros(1, 16, 576), "takes queries in bfloat16, got torch.float32"),
+        (
+            torch.zeros(1, 4, 576).bfloat16(),
+            torch.zeros(1, 16, 576),
+            "takes a cache in bfloat16 or fp8_ds_mla, got torch.float32",
+        ),
+        (
+            torch.zeros(1, 17, 576).bfloat16(),
+            torch.zeros(1, 16, 656, dtype=torch.uint8),
+            "takes at most 16 heads with an fp8_ds_mla cache, got 17",
+        ),
+    ],
+)
+def test_what_it_does_not_take(q, cache, message):
+    with pytest.raises(ValueError, match=message):
+        sparse_mla_gluon.sparse_mla(q, cache, torch.zeros(1, 1).int(), torch.ones(1).int(), SCALE)

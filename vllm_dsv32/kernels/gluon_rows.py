@@ -1,0 +1,72 @@
+"""Rows of the latent cache on their way to shared memory, inside Gluon kernels for SM 90.
+
+Gluon is Triton with layouts and asynchronous copies written out. Here it serves for what Triton cannot do: rows
+gathered by slot are copied to shared memory by the hardware while tensor cores work on the rows before.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy
+
+__all__ = ["LATENT", "ROPE", "copy_rows", "fill_queries", "keys_of_program", "load_slot", "row_chunk"]
+
+LATENT = gl.constexpr(512)
+ROPE = gl.constexpr(64)
+
+# From Triton 3.9 on, the function has another name.
+_copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
+
+@gluon.jit
+def keys_of_program(
+    num_valid_ptr: gl.tensor, num_splits: gl.tensor, KEYS: gl.constexpr, HEAD_TILES: gl.constexpr
+) -> tuple[gl.tensor, gl.tensor, gl.tensor, gl.tensor]:
+    """Which of a launch's results a program computes, for which token, and the range of keys for it.
+
+    The split of a token's keys is that of ``keys_of_split`` in ``sparse_mla_join_triton``.
+    """
+    part = gl.program_id(0) // HEAD_TILES
+    token = (part // num_splits).to(gl.int64)
+    num_keys = gl.load(num_valid_ptr + token)
+    split_size = gl.maximum(gl.cdiv(gl.cdiv(num_keys, num_splits), KEYS), 1) * KEYS
+    begin = part % num_splits * split_size
+    return part, token, begin, gl.minimum(begin + split_size, num_keys)
+
+
+@gluon.jit
+def load_slot(slots: gl.tensor, key: gl.tensor, end: gl.tensor) -> gl.tensor:
+    """The slot of a key; from ``end`` on, that of the last key, so that only valid rows are ever read."""
+    key = gl.minimum(key, end - 1)
+    return gl.load(slots + key, mask=key >= 0, other=0)
+
+
+@gluon.jit
+def row_chunk(
+    slot: gl.tensor, page_chunks: gl.tensor, BLOCK_SIZE: gl.constexpr, ROW_CHUNKS: gl.constexpr
+) -> gl.tensor:
+    """Where the row of a slot begins, in chunks of 16 bytes, so that the compiler knows how rows are aligned."""
+    return (slot // BLOCK_SIZE).to(gl.int64) * page_chunks + slot % BLOCK_SIZE * ROW_CHUNKS
+
+
+@gluon.jit
+def copy_rows(tile: gl.shared_memory_descriptor, row_ptr: gl.tensor, chunk: gl.tensor, COPY: gl.constexpr) -> None:
+    """Have the first columns of rows copied to a tile of shared memory; the caller commits.
+
+    Args:
+        tile: the shared memory, ``[KEYS, columns]``.
+        row_ptr: to a first row, in the type of the tile.
+        chunk: int64 ``[KEYS]``, where each row begins from there.
+        COPY: which thread copies what.
+    """
+    PER_CHUNK: gl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth
+    column = gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, COPY))
+    _copy(tile, row_ptr + (chunk * PER_CHUNK)[:, None] + column[None, :])
+
+
+@gluon.jit
+def fill_queries(
+    tile: gl.shared_memory_descriptor, q_rows: gl.tensor, exists: gl.tensor, FIRST: gl.constexpr, COPY: gl.constexpr
+) -> None:
+    """Write columns of queries to a tile of shared memory, and zeros for heads that do not exist."""
+    column = gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, COPY))
+    tile.store(gl.load(q_rows[:, None] + FIRST + column[None, :], mask=exists[:, None], other=0.0))
