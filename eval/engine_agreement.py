@@ -23,6 +23,8 @@ from engine_runs.sides import IN_TREE, PLUGIN, Child, say_ready_and_wait, visibl
 _NUM_PROMPTS = {1024: 24, 8192: 12}
 _NUM_LONGER_PROMPTS = 4
 _CACHES = ("auto", "fp8")
+_CACHE_NBYTES = 8 << 30
+"""Room for the prompts, whatever else is on the GPU."""
 
 
 def record(arguments: argparse.Namespace) -> int:
@@ -36,7 +38,7 @@ def record(arguments: argparse.Namespace) -> int:
         max_model_len=max(arguments.contexts) + 64,
         max_num_batched_tokens=8192,
         max_num_seqs=64,
-        gpu_memory_utilization=0.3,
+        kv_cache_memory_bytes=_CACHE_NBYTES,
         enable_prefix_caching=True,
         max_logprobs=-1,
         linear_backend="cutlass",  # the same GEMMs on both sides

@@ -3,7 +3,7 @@
     PYTHONPATH=eval python eval/engine_speed.py --out FILE.json [--model DIR] [--caches auto fp8]
 
 Both sides run vLLM's LLM class on a model of the published widths with four layers, 16 heads, 32 experts and
-dummy weights. A GPU serves one side at a time; with as many GPUs as runs they are timed at the same moment.
+dummy weights. A GPU times one run at a time; with several GPUs, the sides are timed at the same moment.
 Prefill is tokens of fresh prompts a second, decode the time of a step once the prompts are in the prefix cache.
 Of so few layers much is launches and host time, so the ratios say more than the figures.
 """
@@ -21,6 +21,8 @@ from engine_runs.sides import IN_TREE, PLUGIN, Child, say_ready_and_wait, visibl
 
 _NUM_NEW = 65
 _REPEATS = 3
+_CACHE_NBYTES = 12 << 30
+"""Room for sixteen prompts of 64K tokens, whatever else is on the GPU."""
 
 
 def measure(arguments: argparse.Namespace) -> None:
@@ -36,6 +38,7 @@ def measure(arguments: argparse.Namespace) -> None:
         max_model_len=max(arguments.contexts) + 256,
         max_num_batched_tokens=8192,
         max_num_seqs=64,
+        kv_cache_memory_bytes=_CACHE_NBYTES,
         enable_prefix_caching=True,
     )
     import torch
@@ -84,33 +87,31 @@ def compare(arguments: argparse.Namespace) -> None:
     if model is None:
         model = folder / "model"
         write_reduced_config(model)
-    runs = [(side, cache) for side in (IN_TREE, PLUGIN) for cache in arguments.caches]
+    runs = [(side, cache) for cache in arguments.caches for side in (IN_TREE, PLUGIN)]
     gpus = visible_gpus()
-    at_once = len(gpus) >= len(runs)
 
-    def start(side: str, cache: str, gpu: str) -> Child:
+    def start(run: tuple[str, str], gpu: str) -> Child:
+        side, cache = run
         name = f"{side} {cache}"
         shape = ["--contexts", *map(str, arguments.contexts), "--batches", *map(str, arguments.batches)]
         command = [__file__, "--child", "--model", str(model), "--caches", cache, *shape]
         path = folder / name.replace(" ", "-")
         return Child.start(name, side, gpu, [*command, "--out", f"{path}.json"], Path(f"{path}.log"))
 
-    if at_once:
-        children = []
-        for side in (IN_TREE, PLUGIN):  # vLLM's own takes minutes; the plugin's start is timed on its own
-            started = [start(s, cache, gpus[i]) for i, (s, cache) in enumerate(runs) if s == side]
-            for child in started:
-                child.wait_until_ready()
-            children += started
-        for child in children:
+    # vLLM's own takes minutes to start: they all start before anything is timed.
+    gpu_of = {run: gpus[index % len(gpus)] for index, run in enumerate(runs)}
+    children = {run: start(run, gpu_of[run]) for run in runs if run[0] == IN_TREE}
+    for child in children.values():
+        child.wait_until_ready()
+    for run in runs:
+        if run[0] == PLUGIN:  # one after the other: their start is timed
+            children[run] = start(run, gpu_of[run])
+            children[run].wait_until_ready()
+    for begin in range(0, len(runs), len(gpus)):
+        at_once = [children[run] for run in runs[begin : begin + len(gpus)]]
+        for child in at_once:
             child.go()
-        for child in children:
-            child.wait()
-    else:
-        for side, cache in runs:
-            child = start(side, cache, gpus[0])
-            child.wait_until_ready()
-            child.go()
+        for child in at_once:
             child.wait()
     results = {run: json.loads((folder / f"{run[0]}-{run[1]}.json").read_text()) for run in runs}
     for run, result in results.items():
@@ -129,7 +130,8 @@ def compare(arguments: argparse.Namespace) -> None:
                 f" {theirs['decode_ms']:.3f} ({row['decode_ratio']:.2f})"
             )
     starts = {f"{side} {cache}": result["first_answer_s"] for (side, cache), result in results.items()}
-    arguments.out.write_text(json.dumps({"at_once": at_once, "first_answer_s": starts, "rows": table}, indent=1))
+    values = {"num_gpus": len(gpus), "first_answer_s": starts, "rows": table}
+    arguments.out.write_text(json.dumps(values, indent=1))
 
 
 def main() -> None:

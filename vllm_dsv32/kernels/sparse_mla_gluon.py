@@ -112,8 +112,8 @@ def _launch(q: torch.Tensor, cache: torch.Tensor) -> _Launch:
     if is_fp8_ds_mla(cache):
         if num_heads > MAX_FP8_HEADS:
             raise ValueError(
-                f"sparse_mla in Gluon takes at most {MAX_FP8_HEADS} heads with an fp8_ds_mla cache, got {num_heads}; "
-                "choose triton"
+                f"sparse_mla in Gluon takes at most {MAX_FP8_HEADS} heads with an fp8_ds_mla cache, "
+                f"got {num_heads}; choose triton"
             )
         return _FP8
     if cache.dtype != torch.bfloat16:

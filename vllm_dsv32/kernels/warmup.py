@@ -44,13 +44,20 @@ def warm_up(
 
 
 def _batches(max_num_tokens: int, max_num_requests: int) -> Iterator[tuple[int, int]]:
-    """Requests and tokens: decode, speculative decode, and prefill."""
-    num_requests = 1
-    while num_requests <= min(max_num_requests, max_num_tokens):
-        yield num_requests, num_requests
-        num_requests *= 2
-    for num_tokens in (2, 4, max_num_tokens):
+    """Requests and tokens: decode, and prefill or speculative decode."""
+    for num_tokens in _doubling(max_num_tokens):
+        if num_tokens <= max_num_requests:
+            yield num_tokens, num_tokens
         yield 1, num_tokens
+
+
+def _doubling(end: int) -> Iterator[int]:
+    """1, 2, 4, ... and ``end``."""
+    number = 1
+    while number < end:
+        yield number
+        number *= 2
+    yield end
 
 
 def _run(kernels: KernelSet, problem: Problem, num_requests: int, num_tokens: int, width: int) -> None:
