@@ -20,9 +20,11 @@ MAX_NUM_REQUESTS = 64
 STEPS = {
     "decode": [(n, n, width) for n in (1, 3, 17, 64) for width in (300, 5000, 40_000, MAX_NUM_KEYS)],
     "speculative decode": [(n, k * n, 40_000) for n in (1, 5, 16) for k in (2, 3, 4)],
-    "prefill": [(1, 8192, width) for width in (8192, 16_384, 65_536)]
-    + [(1, n, width) for n in (100, 200, 400, 700) for width in (3000, 40_000)]
-    + [(3, 2000, 9000)],
+    "prefill": [
+        *((1, 8192, width) for width in (8192, 16_384, 65_536)),
+        *((1, n, width) for n in (100, 200, 400, 700) for width in (3000, 40_000)),
+        (3, 2000, 9000),
+    ],
 }
 
 
