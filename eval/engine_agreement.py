@@ -23,7 +23,7 @@ from engine_runs.sides import IN_TREE, PLUGIN, Child, say_ready_and_wait, visibl
 _NUM_PROMPTS = {1024: 24, 8192: 12}
 _NUM_LONGER_PROMPTS = 4
 _CACHES = ("auto", "fp8")
-_CACHE_NBYTES = 8 << 30
+_CACHE_NBYTES = 5 << 30
 """Room for the prompts, whatever else is on the GPU."""
 
 

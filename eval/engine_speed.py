@@ -21,7 +21,7 @@ from engine_runs.sides import IN_TREE, PLUGIN, Child, say_ready_and_wait, visibl
 
 _NUM_NEW = 65
 _REPEATS = 3
-_CACHE_NBYTES = 12 << 30
+_CACHE_NBYTES = 8 << 30
 """Room for sixteen prompts of 64K tokens, whatever else is on the GPU."""
 
 
@@ -40,6 +40,7 @@ def measure(arguments: argparse.Namespace) -> None:
         max_num_seqs=64,
         kv_cache_memory_bytes=_CACHE_NBYTES,
         enable_prefix_caching=True,
+        linear_backend=arguments.linear_backend,
     )
     import torch
 
@@ -95,6 +96,7 @@ def compare(arguments: argparse.Namespace) -> None:
         name = f"{side} {cache}"
         shape = ["--contexts", *map(str, arguments.contexts), "--batches", *map(str, arguments.batches)]
         command = [__file__, "--child", "--model", str(model), "--caches", cache, *shape]
+        command += ["--linear-backend", arguments.linear_backend]
         path = folder / name.replace(" ", "-")
         return Child.start(name, side, gpu, [*command, "--out", f"{path}.json"], Path(f"{path}.log"))
 
@@ -141,6 +143,9 @@ def main() -> None:
     parser.add_argument("--caches", nargs="+", default=["auto", "fp8"])
     parser.add_argument("--contexts", nargs="+", type=int, default=[8192, 65536])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
+    parser.add_argument(
+        "--linear-backend", default="auto", help="vLLM's option, for both sides; some compile for minutes"
+    )
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     (measure if arguments.child else compare)(arguments)
