@@ -39,6 +39,7 @@ def measure(arguments: argparse.Namespace) -> None:
         max_num_batched_tokens=8192,
         max_num_seqs=64,
         kv_cache_memory_bytes=_CACHE_NBYTES,
+        gpu_memory_utilization=0.1,  # vLLM asks whether this share is free
         enable_prefix_caching=True,
         linear_backend=arguments.linear_backend,
     )

@@ -64,8 +64,8 @@ def engine(
         "max_logprobs": -1,
         "disable_log_stats": True,
     }
-    if torch.cuda.is_available():  # several fit a GPU
-        defaults["kv_cache_memory_bytes"] = 256 << 20
+    if torch.cuda.is_available():  # several fit a GPU: vLLM takes so much, and asks whether the share is free
+        defaults |= {"kv_cache_memory_bytes": 256 << 20, "gpu_memory_utilization": 0.01}
     arguments = EngineArgs(model=str(path), **(defaults | options))
     config = arguments.create_engine_config()
     config.scheduler_config.enable_chunked_prefill = chunked

@@ -63,9 +63,10 @@ def test_warming_up_covers_decode_speculation_and_prefill(monkeypatch):
     run = warmup._run
     monkeypatch.setattr(warmup, "_run", lambda kernels, problem, *shape: run(kernels, ON_A_CPU, *shape))
     warmup.warm_up.__wrapped__(replace(ON_A_CPU, device_type="cuda"), (), 100, 40, 6)
+    shapes = [(1, 1), (1, 1), (2, 2), (1, 2), (4, 4), (1, 4), (1, 8), (1, 16), (1, 32), (1, 40)]
     assert batches == [
         (num_requests, num_tokens, width)
-        for num_requests, num_tokens in ((1, 1), (2, 2), (4, 4), (1, 2), (1, 4), (1, 40))
+        for num_requests, num_tokens in shapes
         for width in (48, 96, 100)
     ]
 

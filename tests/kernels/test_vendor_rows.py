@@ -116,7 +116,9 @@ def test_index_logits(generator, requests):
     wanted = index_logits.reference(q, weights, cache, table, ids, num_keys, 3100)
     assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype)
     visible = torch.arange(3100, device="cuda") < num_keys.unsqueeze(1)
-    torch.testing.assert_close(got[visible], wanted[visible], rtol=1e-3, atol=5e-2)
+    # DeepGEMM's own measure: its sums over heads cancel in float32.
+    x, y = got[visible].double(), wanted[visible].double()
+    assert 1 - 2 * (x * y).sum() / (x.square() + y.square()).sum() < 5e-6
 
 
 def test_deep_gemm_refuses_other_blocks():

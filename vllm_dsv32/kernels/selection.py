@@ -47,6 +47,6 @@ def select(
             logits = kernels.index_logits(
                 q_fp8[rows], weights[rows], cache, block_table, request_ids[rows], num_scored[rows], max_num_keys
             )
-        else:  # which rows of so few keys do not read
-            logits = weights.new_empty((topk_pos[rows].shape[0], max_num_keys))
+        else:  # which rows of so few keys do not read; of one pitch, for which one kernel is compiled
+            logits = weights.new_empty((topk_pos[rows].shape[0], k))[:, :max_num_keys]
         kernels.topk_select(logits, num_keys[rows], topk_pos[rows])
