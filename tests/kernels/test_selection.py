@@ -65,9 +65,7 @@ def test_warming_up_covers_decode_speculation_and_prefill(monkeypatch):
     warmup.warm_up.__wrapped__(replace(ON_A_CPU, device_type="cuda"), (), 100, 40, 6)
     shapes = [(1, 1), (1, 1), (2, 2), (1, 2), (4, 4), (1, 4), (1, 8), (1, 16), (1, 32), (1, 40)]
     assert batches == [
-        (num_requests, num_tokens, width)
-        for num_requests, num_tokens in shapes
-        for width in (48, 96, 100)
+        (num_requests, num_tokens, width) for num_requests, num_tokens in shapes for width in (48, 96, 100)
     ]
 
 
