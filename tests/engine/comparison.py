@@ -9,6 +9,12 @@ the selection differs. Those two move a row of logits visibly (up to some tenths
   dtype; 90 % within 4e-3 for fp8_ds_mla, where the latent of every key can be rounded the other way, too;
 * no row differs by more than 0.5.
 
+Tensor cores that multiply fp8 (SM 89 and 90) keep some 14 bits of a sum, so that index logits differ from exact
+ones by up to 2e-4 of the largest, DeepGEMM's as much as ours. Then a key near the threshold is exchanged more
+often: of the rows past the top-k, 99.8 % lay within the tolerance with the reference's logits on an H200, 94 % with
+the kernel's, and 87 % of those of a single prompt. There the share is 80 %; the mildest of wrong implementations
+leaves a quarter.
+
 A bfloat16 model rounds every activation to eight bits, so rows differ by some hundredths and nearly tied
 selections flip: there the mean divergence from the oracle is compared, with a mark between that of a right
 and of a wrong implementation (right: 2e-4 for either cache, wrong: 1e-3 and more).
@@ -22,7 +28,8 @@ from engine.harness import Completion
 from engine.oracle import oracle_logits
 
 ROW_TOLERANCE = {"auto": 1e-3, "fp8": 4e-3}
-SHARE_WITHIN = {"auto": 0.95, "fp8": 0.90}
+FP8_TENSOR_CORES = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+SHARE_WITHIN = {"auto": 0.80, "fp8": 0.80} if FP8_TENSOR_CORES else {"auto": 0.95, "fp8": 0.90}
 WORST_ROW = 0.5
 BFLOAT16_KL = 4e-4
 
