@@ -8,10 +8,21 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
-__all__ = ["LATENT", "ROPE", "copy_rows", "fill_queries", "keys_of_program", "load_slot", "row_chunk"]
+from vllm_dsv32.layout import KV_LORA_RANK, ROPE_DIM
 
-LATENT = gl.constexpr(512)
-ROPE = gl.constexpr(64)
+__all__ = [
+    "LATENT",
+    "ROPE",
+    "copy_rows",
+    "copy_tile",
+    "fill_queries",
+    "keys_of_program",
+    "load_slot",
+    "row_chunk",
+]
+
+LATENT = gl.constexpr(KV_LORA_RANK)
+ROPE = gl.constexpr(ROPE_DIM)
 
 # From Triton 3.9 on, the function has another name.
 _copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -61,6 +72,19 @@ def copy_rows(tile: gl.shared_memory_descriptor, row_ptr: gl.tensor, chunk: gl.t
     PER_CHUNK: gl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth
     column = gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, COPY))
     _copy(tile, row_ptr + (chunk * PER_CHUNK)[:, None] + column[None, :])
+
+
+@gluon.jit
+def copy_tile(
+    rope: gl.shared_memory_descriptor,
+    latent: gl.shared_memory_descriptor,
+    cache_ptr: gl.tensor,
+    chunk: gl.tensor,
+    COPY: gl.constexpr,
+) -> None:
+    """Have both parts of bfloat16 rows copied; the caller commits."""
+    copy_rows(rope, cache_ptr + LATENT, chunk, COPY)
+    copy_rows(latent, cache_ptr, chunk, COPY)
 
 
 @gluon.jit

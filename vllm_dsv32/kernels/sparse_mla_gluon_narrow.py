@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from vllm_dsv32.kernels.gluon_rows import (
     LATENT,
     ROPE,
-    copy_rows,
+    copy_tile,
     fill_queries,
     keys_of_program,
     load_slot,
@@ -76,8 +76,7 @@ def sparse_mla_narrow_kernel(
     row = gl.arange(0, KEYS, layout=gl.SliceLayout(1, COPY))
     if begin < end:
         chunk = row_chunk(load_slot(slots, begin + row, end), page_chunks, BLOCK_SIZE, ROW_CHUNKS)
-        copy_rows(rope_ring.index(0), cache_ptr + LATENT, chunk, COPY)
-        copy_rows(latent_ring.index(0), cache_ptr, chunk, COPY)
+        copy_tile(rope_ring.index(0), latent_ring.index(0), cache_ptr, chunk, COPY)
     async_copy.commit_group()
     slot = load_slot(slots, begin + KEYS + row, end)
 
@@ -103,8 +102,7 @@ def sparse_mla_narrow_kernel(
 
         if start + KEYS < end:
             chunk = row_chunk(slot, page_chunks, BLOCK_SIZE, ROW_CHUNKS)
-            copy_rows(rope_ring.index((index + 1) % 2), cache_ptr + LATENT, chunk, COPY)
-            copy_rows(latent_ring.index((index + 1) % 2), cache_ptr, chunk, COPY)
+            copy_tile(rope_ring.index((index + 1) % 2), latent_ring.index((index + 1) % 2), cache_ptr, chunk, COPY)
         async_copy.commit_group()
         slot = load_slot(slots, start + 2 * KEYS + row, end)
 
