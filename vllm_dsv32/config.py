@@ -24,10 +24,16 @@ __all__ = [
     "kernel_overrides",
     "kernel_problem",
     "normalise_kv_cache_dtype",
+    "plugin_options",
+    "shared_selection_from",
     "verify_vllm_config",
 ]
 
 _OPTIONS_KEY = "vllm_dsv32"
+_OPTIONS = ("kernels", "shared_selection_from")
+SHARED_SELECTION_FROM = 1 << 26
+"""8192 tokens at a context of 8192: on an H200 they are scored in half a millisecond a layer, and over NVLink their
+positions gathered in a quarter (by the links' rate)."""
 _ROUTING = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 _FP8_NAMES = ("fp8", "fp8_e4m3", FP8_DS_MLA)
 
@@ -105,6 +111,7 @@ def verify_vllm_config(vllm_config: "VllmConfig") -> None:
     """
     ModelDims.from_hf_config(vllm_config.model_config.hf_config)
     kernel_overrides(vllm_config)
+    shared_selection_from(vllm_config)
     parallel = vllm_config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         size = getattr(parallel, name)
@@ -152,23 +159,50 @@ def normalise_kv_cache_dtype(kv_cache_dtype: str, dtype: torch.dtype) -> str:
     )
 
 
+def plugin_options(vllm_config: "VllmConfig") -> Mapping[str, Any]:
+    """What the user sets of this plugin: ``--additional-config '{"vllm_dsv32": {...}}'``.
+
+    Raises:
+        ConfigError: there is no such option.
+    """
+    additional = vllm_config.additional_config
+    options = additional.get(_OPTIONS_KEY, {}) if isinstance(additional, Mapping) else {}
+    if not isinstance(options, Mapping) or set(options) - set(_OPTIONS):
+        raise ConfigError(
+            f'additional_config["{_OPTIONS_KEY}"]: expected a map with the keys {" and ".join(_OPTIONS)} or fewer, '
+            f"got {options!r}"
+        )
+    return options
+
+
 def kernel_overrides(vllm_config: "VllmConfig") -> Mapping[str, str]:
-    """The kernels that the user insists on: ``--additional-config '{"vllm_dsv32": {"kernels": {...}}}'``.
+    """The kernels that the user insists on: ``{"kernels": {operation: name}}`` of the options.
 
     Raises:
         ConfigError: the option is malformed.
     """
-    additional = vllm_config.additional_config
-    options = additional.get(_OPTIONS_KEY, {}) if isinstance(additional, Mapping) else {}
-    if not isinstance(options, Mapping) or set(options) - {"kernels"}:
-        raise ConfigError(f'additional_config["{_OPTIONS_KEY}"]: expected {{"kernels": {{...}}}}, got {options!r}')
-    kernels = options.get("kernels", {})
+    kernels = plugin_options(vllm_config).get("kernels", {})
     if not isinstance(kernels, Mapping) or not all(isinstance(name, str) for name in kernels.values()):
         raise ConfigError(
             f'additional_config["{_OPTIONS_KEY}"]["kernels"]: expected a map from operation to the name of '
             f"an implementation, got {kernels!r}; `vllm-dsv32 doctor` lists both"
         )
     return kernels
+
+
+def shared_selection_from(vllm_config: "VllmConfig") -> int | None:
+    """Tokens times keys of a prefill from which on tensor-parallel ranks share its selection; None: never.
+
+    Raises:
+        ConfigError: the option is malformed.
+    """
+    number = plugin_options(vllm_config).get("shared_selection_from", SHARED_SELECTION_FROM)
+    if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 0):
+        raise ConfigError(
+            f'additional_config["{_OPTIONS_KEY}"]["shared_selection_from"]: expected a number of tokens times '
+            f"keys, or null for never, got {number!r}"
+        )
+    return number
 
 
 def kernel_problem(vllm_config: "VllmConfig", kv_cache_dtype: str) -> Problem:

@@ -9,6 +9,7 @@ from engine.harness import complete, engine
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="needs two GPUs, or none")
 
 ASKED = prompts(TOPK - 2, 3 * TOPK, 9)
+SHARED = {"vllm_dsv32": {"shared_selection_from": 0}}
 NUM_TOKENS = 24
 
 
@@ -25,6 +26,10 @@ def generated(**options) -> list[list[int]]:
 
 def test_tensor_parallel(plain):
     assert generated(tensor_parallel_size=2) == plain
+
+
+def test_ranks_that_share_the_selection(plain):
+    assert generated(tensor_parallel_size=2, additional_config=SHARED) == plain
 
 
 def test_pipeline_parallel(plain, monkeypatch):

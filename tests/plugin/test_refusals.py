@@ -45,7 +45,11 @@ def engine_config(path: Path, **options):
             {"kv_transfer_config": {"kv_connector": "NixlConnector", "kv_role": "kv_both"}},
             "--kv-transfer-config is not served.*Drop the flag",
         ),
-        ({"additional_config": {"vllm_dsv32": {"kernel": {}}}}, 'expected {"kernels": {...}}, got'),
+        ({"additional_config": {"vllm_dsv32": {"kernel": {}}}}, "with the keys kernels and shared_selection_from"),
+        (
+            {"additional_config": {"vllm_dsv32": {"shared_selection_from": "8192"}}},
+            "expected a number of tokens times keys, or null for never, got '8192'",
+        ),
         ({"additional_config": {"vllm_dsv32": {"kernels": ["triton"]}}}, "a map from operation to the name"),
         (
             {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},

@@ -45,6 +45,8 @@ class DsaMetadata(CacheMetadata):
     """int32 ``[T]``: ``num_keys``, or 0 where the top-k takes all of them."""
     max_num_keys: int
     """At least ``max(num_keys)``; known on the host, so it may overestimate."""
+    max_query_len: int
+    """Tokens of the request that has most in this step."""
 
 
 class CacheMetadataBuilder(AttentionMetadataBuilder[CacheMetadata]):
@@ -117,6 +119,7 @@ class DsaMetadataBuilder(CacheMetadataBuilder):
             num_keys=num_keys,
             num_scored=num_scored,
             max_num_keys=min(common.max_seq_len, self._max_model_len),
+            max_query_len=common.max_query_len,
         )
 
 

@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING
 import torch
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_maybe_dequant_weights
 
 from vllm_dsv32.attention.caches import IndexKeyCache, LatentCache
 from vllm_dsv32.attention.metadata import DsaMetadata
+from vllm_dsv32.attention.shared_selection import SelectionShare, select_shared
 from vllm_dsv32.compat import keep_plain_weight
-from vllm_dsv32.config import ModelDims, kernel_overrides, kernel_problem
+from vllm_dsv32.config import ModelDims, kernel_overrides, kernel_problem, shared_selection_from
 from vllm_dsv32.kernels.dispatch import select_kernels
 from vllm_dsv32.kernels.selection import select
 from vllm_dsv32.kernels.warmup import warm_up
@@ -70,6 +72,13 @@ class SparseAttention(LatentCache):
         vllm_config = get_current_vllm_config()
         problem, overrides = kernel_problem(vllm_config, self.kv_cache_dtype), kernel_overrides(vllm_config)
         self.kernels = select_kernels(problem, overrides)
+        group = get_tp_group()
+        self._share = SelectionShare(
+            group.rank_in_group,
+            group.world_size,
+            partial(group.all_gather, dim=0),
+            shared_selection_from(vllm_config),
+        )
         self._warm_up = partial(
             warm_up,
             problem,
@@ -172,7 +181,9 @@ class SparseAttention(LatentCache):
             self.dims.index_rope_layout,
         )
         topk_pos = self.topk_indices_buffer[:num_tokens]
-        select(
+        shared = self._share.takes(num_tokens, metadata.max_query_len, metadata.max_num_keys)
+        select_all = partial(select_shared, self._share) if shared else select
+        select_all(
             self.kernels,
             q_fp8,
             weights,

@@ -1,0 +1,92 @@
+"""Selection for a long prefill, shared among tensor-parallel ranks.
+
+Every rank holds all index keys and all index heads, because their scores are summed over heads, and so would score
+every key for every token: of all the work on a long context the only part that tensor parallelism does not divide.
+But tokens are selected for one by one. So each rank selects for a part of them, and the positions are gathered:
+8 KiB a token against 16 KFLOP for each of its keys.
+
+Later tokens see more keys. Tokens are dealt in strips, round by round, so that the parts are alike; those of a
+strip are neighbours, which share the keys that they are scored against.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from vllm_dsv32.kernels.dispatch import KernelSet
+from vllm_dsv32.kernels.selection import select
+
+__all__ = ["SelectionShare", "select_shared"]
+
+_STRIP = 64
+"""Tokens."""
+
+
+@dataclass(frozen=True)
+class SelectionShare:
+    """One rank's part in a group that selects for the same tokens."""
+
+    rank: int
+    size: int
+    """Ranks of the group."""
+    gather: Callable[[torch.Tensor], torch.Tensor]
+    """``[n, K]`` of each rank to ``[size * n, K]``, in the order of ranks."""
+    worth_from: int | None
+    """Tokens times keys from which on it is worth its costs; None: never."""
+
+    def takes(self, num_tokens: int, max_query_len: int, max_num_keys: int) -> bool:
+        """Whether a batch's selection is shared, which every rank has to answer alike; decoding is never."""
+        if self.size == 1 or self.worth_from is None or max_query_len < _STRIP:
+            return False
+        return num_tokens * max_num_keys >= self.worth_from
+
+    def rows(self, num_tokens: int, device: torch.device) -> torch.Tensor:
+        """int64 ``[n]``: the tokens of this rank, ascending; n is the same on each.
+
+        What the last round lacks is made up by the last token, again.
+        """
+        num_rounds = -(-num_tokens // (_STRIP * self.size))
+        dealt = torch.arange(num_rounds * self.size * _STRIP, device=device).view(num_rounds, self.size, _STRIP)
+        return dealt[:, self.rank].reshape(-1).clamp(max=num_tokens - 1)
+
+    def collect(self, part: torch.Tensor, whole: torch.Tensor) -> None:
+        """Write the results of every rank's :meth:`rows` to where their tokens are in ``whole``."""
+        num_tokens, k = whole.shape
+        dealt = self.gather(part).view(self.size, -1, _STRIP, k).transpose(0, 1)
+        num_whole_rounds = num_tokens // (_STRIP * self.size)
+        end = num_whole_rounds * self.size * _STRIP
+        whole[:end].view(num_whole_rounds, self.size, _STRIP, k).copy_(dealt[:num_whole_rounds])
+        if end < num_tokens:
+            whole[end:].copy_(dealt[-1].reshape(-1, k)[: num_tokens - end])
+
+
+def select_shared(
+    share: SelectionShare,
+    kernels: KernelSet,
+    q_fp8: torch.Tensor,
+    weights: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    request_ids: torch.Tensor,
+    num_keys: torch.Tensor,
+    num_scored: torch.Tensor,
+    max_num_keys: int,
+    topk_pos: torch.Tensor,
+) -> None:
+    """See :func:`vllm_dsv32.kernels.selection.select`; called on every rank of the group, with the same batch."""
+    rows = share.rows(len(topk_pos), topk_pos.device)
+    part = topk_pos.new_empty((len(rows), topk_pos.shape[1]))
+    select(
+        kernels,
+        q_fp8.view(torch.uint8)[rows].view(q_fp8.dtype),
+        weights[rows],
+        cache,
+        block_table,
+        request_ids[rows],
+        num_keys[rows],
+        num_scored[rows],
+        max_num_keys,
+        part,
+    )
+    share.collect(part, topk_pos)
