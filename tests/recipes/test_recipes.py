@@ -18,7 +18,7 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_dsv32 import startup
-from vllm_dsv32.config import kernel_overrides
+from vllm_dsv32.config import kernel_overrides, plugin_options, shared_selection_from
 from vllm_dsv32.kernels.dispatch import KERNELS, OPERATIONS
 from vllm_dsv32.tools import cli
 from vllm_dsv32.tools.tiny_checkpoint import FP8_QUANTIZATION, ModelSizes, TinyCheckpointOptions, make_config
@@ -258,7 +258,7 @@ def test_kernels_are_those_of_the_table():
     }
 
 
-def test_kernels_that_are_named_exist(serve_parser):
+def test_additional_config_is_accepted_and_its_kernels_exist(serve_parser):
     """In commands and in the text."""
     codes = [code for page in PAGES for code in page.inline_code if code.startswith("--additional-config ")]
     named = [parse_command(code).words for code in codes]
@@ -267,6 +267,7 @@ def test_kernels_that_are_named_exist(serve_parser):
     known = {(row.operation, row.name) for row in KERNELS}
     for words in named:
         value = words[words.index("--additional-config") + 1]
-        overrides = kernel_overrides(VllmConfig(additional_config=json.loads(value)))
-        assert overrides
-        assert set(overrides.items()) <= known
+        config = VllmConfig(additional_config=json.loads(value))
+        shared_selection_from(config)
+        assert plugin_options(config)
+        assert set(kernel_overrides(config).items()) <= known
