@@ -210,7 +210,7 @@ def write(
     if load == PUBLISHED_LOAD:
         notes.append("Published are vLLM's figures for 8 x H20 at TP 8; the pass mark is their output throughput.")
     if len(results) > 1:
-        notes.append(f"Against vLLM's own implementation the pass mark is a ratio of {RATIO_PASS_MARK}.")
+        notes.append(f"Against vLLM's own implementation the pass mark, a goal, is a ratio of {RATIO_PASS_MARK}.")
     elif options.compare_in_tree:
         notes.append("vLLM's own implementation has not been measured yet, or did not start.")
     command = bench_command("URL/v1", system.model, load, Path("DIR/FILE"), shlex.split(options.bench_flags))

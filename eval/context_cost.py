@@ -16,96 +16,61 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from engine_runs.reduced_model import write_reduced_config
+from engine_runs.reduced_model import REDUCED, given_or_reduced
 from engine_runs.sides import IN_TREE, PLUGIN, Child, say_ready_and_wait, visible_gpus
-from results_file import Figure, local_system, write_results
+from engine_runs.timed_engine import ENGINE_OPTIONS, TimedEngine, Timing, add_engine_options, as_flags, engine_flags
+from results_file import Figure, json_path, local_system, write_results
 from tqdm import tqdm
 
-__all__ = ["draw", "marginal"]
+__all__ = ["draw", "figures_of", "marginal", "rows_of"]
 
 K = 1024
 CONTEXTS = tuple(n * K for n in (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160))
 TABLE = "Microseconds a token"
 _POINT = "measured "
+_SETTINGS = ("contexts", "batch", "cache", *ENGINE_OPTIONS)
 
 
 def measure(options: argparse.Namespace) -> None:
     """The child: one side, on stdout a line a measurement."""
-    import torch
-    from vllm import LLM, SamplingParams
-
-    vocabulary = json.loads((options.model / "config.json").read_text())["vocab_size"]
     longest = max(options.contexts)
-    llm = LLM(
-        str(options.model),
-        load_format="dummy",
-        dtype=options.dtype,
-        skip_tokenizer_init=True,
-        kv_cache_dtype=options.cache,
+    at_once = {context: _prompts_at_once(context, options.step_tokens) for context in options.contexts}
+    engine = TimedEngine(
+        options,
+        cache=options.cache,
         max_model_len=longest,
-        max_num_batched_tokens=options.step_tokens,
-        max_num_seqs=max(options.batch, _prompts_at_once(min(options.contexts), options)),
-        enable_prefix_caching=True,
+        max_num_seqs=max(options.batch, *at_once.values()),
+        num_cached_tokens=max(options.batch * longest, *(num * context for context, num in at_once.items())),
     )
-    generator = torch.Generator().manual_seed(0)
-    num_steps = options.new_tokens
-    one, many = (
-        SamplingParams(max_tokens=n, temperature=0, ignore_eos=True, detokenize=False) for n in (1, num_steps + 1)
-    )
+    texts = engine.fresh(options.batch, longest)
 
-    def run(rows: list[list[int]], params: Any) -> tuple[float, list[Any]]:
-        begin = time.monotonic()
-        outputs = llm.generate([{"prompt_token_ids": row} for row in rows], params, use_tqdm=False)
-        return time.monotonic() - begin, outputs
+    def prefill(context: int) -> Timing:
+        """A call of as many prompts as the context has."""
+        return engine.time_prefill(at_once[context], context - 1)[0]
 
-    def fresh(num: int, length: int) -> list[list[int]]:
-        return torch.randint(2, vocabulary, (num, length), generator=generator).tolist()
-
-    def prefill(context: int) -> float:
-        """Seconds a prompt; the first run compiles what this shape still needs."""
-        num = _prompts_at_once(context, options)
-        runs = [run(fresh(num, context - 1), one)[0] for _ in range(options.repeats + 1)]
-        return min(runs[1:]) / num
-
-    texts = fresh(options.batch, longest)
-
-    def decode(context: int) -> float:
-        """Seconds a step."""
-        rows = [text[: context - num_steps - 1] for text in texts]
-        run(rows, many)
-        _, outputs = run(rows, one)
-        _check_cached(outputs, options.step_tokens)
-        cached = min(run(rows, one)[0] for _ in range(options.repeats))
-        return (min(run(rows, many)[0] for _ in range(options.repeats)) - cached) / num_steps
+    def decode(context: int) -> Timing:
+        """A step; the last one has this context."""
+        return engine.time_decode([text[: context - options.new_tokens - 1] for text in texts])
 
     say_ready_and_wait()
-    measured: dict[str, list[float]] = {"prefill_s": [], "decode_step_s": []}
-    for name, measurement in (("prefill_s", prefill), ("decode_step_s", decode)):
+    measured: dict[str, Any] = {"first_answer_s": engine.first_answer_s, "prompts_at_once": [*at_once.values()]}
+    for name, measurement in (("prefill_call_s", prefill), ("decode_step_s", decode)):
+        measured[name] = []
         for context in options.contexts:
-            measured[name].append(measurement(context))
-            print(f"{_POINT}{name} {context} {measured[name][-1]:.6f}", flush=True)
+            measured[name].append(asdict(measurement(context)))
+            print(f"{_POINT}{name} {context} {measured[name][-1]['seconds']:.6f}", flush=True)
     options.out.write_text(json.dumps(measured))
 
 
-def _prompts_at_once(context: int, options: argparse.Namespace) -> int:
+def _prompts_at_once(context: int, step_tokens: int) -> int:
     """As many as fill four steps."""
-    return max(1, 4 * options.step_tokens // context)
-
-
-def _check_cached(outputs: Sequence[Any], step_tokens: int) -> None:
-    """What is left of the prompts must fit one step, or some sequences would decode before others."""
-    left = sum(len(output.prompt_token_ids) - (output.num_cached_tokens or 0) for output in outputs)
-    if left > step_tokens:
-        raise RuntimeError(
-            f"the prefix cache should hold {len(outputs)} prompts of {len(outputs[0].prompt_token_ids)} tokens: "
-            f"{left} are missing, and a step takes {step_tokens}. Give a smaller --batch"
-        )
+    return max(1, 4 * step_tokens // context)
 
 
 def marginal(contexts: Sequence[int], seconds: Sequence[float]) -> list[float]:
@@ -120,12 +85,8 @@ def compare(options: argparse.Namespace) -> None:
 
     gpu = visible_gpus()[0] if torch.cuda.is_available() else ""
     folder = Path(tempfile.mkdtemp(prefix="context-cost-"))
-    model = options.model
-    if model is None:
-        model = folder / "model"
-        write_reduced_config(model)
-    settings = {name: getattr(options, name) for name in _SETTINGS}
-    system = local_system("reduced, four layers" if options.model is None else model.name, "--load-format dummy")
+    model = given_or_reduced(options.model, folder)
+    system = local_system(REDUCED if options.model is None else model.name, engine_flags(options))
     raw: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     for side in options.sides:
@@ -136,11 +97,13 @@ def compare(options: argparse.Namespace) -> None:
             options.out,
             title="Cost of a token by the length of its context",
             system=system,
-            settings=settings,
+            settings={name: getattr(options, name) for name in _SETTINGS},
             figures=figures_of(rows, options.contexts),
             notes=[
                 f"![cost by context]({options.out.with_suffix('.png').name})",
-                "Prefill: between this length and the one before. Decode: a step's time over the sequences in it.",
+                "Prefill: between this length and the one before, by the fastest calls. "
+                "Decode: a step's median time over the sequences in it. "
+                "The range of each is in the JSON file's details.",
                 "No pass mark: the figure is for comparison.",
             ],
             tables={TABLE: rows},
@@ -149,35 +112,26 @@ def compare(options: argparse.Namespace) -> None:
         draw(rows, f"{system.model}, {options.cache} cache; {system.device}", options.out.with_suffix(".png"))
 
 
-def run_side(side: str, gpu: str, model: Path, folder: Path, options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each measurement, from a child."""
+def run_side(side: str, gpu: str, model: Path, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """What a child measured."""
     out, log = folder / f"{side}.json", options.out.with_suffix(f".{side}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    flags = [
-        flag for name in _SETTINGS for flag in (f"--{name.replace('_', '-')}", *_words(getattr(options, name)))
-    ]
-    child = Child.start(
-        side, side, gpu, [__file__, "--child", "--model", str(model), "--out", str(out), *flags], log
-    )
+    command = [__file__, "--child", "--model", str(model), "--out", str(out)]
+    child = Child.start(side, side, gpu, [*command, *as_flags(options, _SETTINGS)], log)
     print(f"{side}: starting; log in {log}", flush=True)
     child.wait_until_ready()
     child.go()
-    assert child.process.stdout is not None
     with tqdm(total=2 * len(options.contexts), desc=side, unit="point") as bar:
-        for line in child.process.stdout:
-            bar.update(line.startswith(_POINT))
-    child.wait()
+        child.wait(lambda line: bar.update(line.startswith(_POINT)))
     return json.loads(out.read_text())
 
 
-def _words(value: Any) -> list[str]:
-    return [str(one) for one in value] if isinstance(value, (list, tuple)) else [str(value)]
-
-
-def rows_of(side: str, contexts: Sequence[int], raw: dict[str, list[float]], batch: int) -> list[dict[str, Any]]:
-    prefills = marginal(contexts, raw["prefill_s"])
+def rows_of(side: str, contexts: Sequence[int], raw: dict[str, Any], batch: int) -> list[dict[str, Any]]:
+    """Of one side, from what its child measured with ``batch`` sequences that decode."""
+    calls = zip(raw["prefill_call_s"], raw["prompts_at_once"], strict=True)
+    prefills = marginal(contexts, [call["seconds"] / num for call, num in calls])
     return [
-        {"side": side, "context": context, "prefill": 1e6 * prefill, "decode": 1e6 * step / batch}
+        {"side": side, "context": context, "prefill": 1e6 * prefill, "decode": 1e6 * step["seconds"] / batch}
         for context, prefill, step in zip(contexts, prefills, raw["decode_step_s"], strict=True)
     ]
 
@@ -231,23 +185,20 @@ def redraw(path: Path) -> None:
     draw(content["tables"][TABLE], title, path.with_suffix(".png"))
 
 
-_SETTINGS = ("contexts", "batch", "cache", "dtype", "step_tokens", "new_tokens", "repeats")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     place = parser.add_mutually_exclusive_group(required=True)
-    place.add_argument("--out", type=Path, metavar="FILE.json", help="write the results here; logs go beside it")
-    place.add_argument("--redraw", type=Path, metavar="FILE.json", help="draw the figure of these results again")
-    parser.add_argument("--model", type=Path, help="a folder with a config.json (default: the reduced model)")
+    place.add_argument(
+        "--out", type=json_path, metavar="FILE.json", help="write the results here; logs go beside it"
+    )
+    place.add_argument(
+        "--redraw", type=json_path, metavar="FILE.json", help="draw the figure of these results again"
+    )
     parser.add_argument("--sides", nargs="+", choices=(PLUGIN, IN_TREE), default=[PLUGIN, IN_TREE])
     parser.add_argument("--contexts", nargs="+", type=int, default=CONTEXTS, help="growing (default: 1K to 160K)")
     parser.add_argument("--batch", type=int, default=16, help="sequences that decode together (default: 16)")
     parser.add_argument("--cache", default="fp8", help="as --kv-cache-dtype (default: fp8)")
-    parser.add_argument("--dtype", default="auto", help="as vLLM's --dtype")
-    parser.add_argument("--step-tokens", type=int, default=8 * K, help="of a prefill step (default: 8192)")
-    parser.add_argument("--new-tokens", type=int, default=64, help="decode steps of a measurement (default: 64)")
-    parser.add_argument("--repeats", type=int, default=3, help="of which the best counts (default: 3)")
+    add_engine_options(parser)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.redraw:

@@ -1,28 +1,35 @@
 """Many streams of mixed lengths on a server, some cancelled; every answer against that of the request alone.
 
-    python eval/engine_soak.py --base-url http://127.0.0.1:8000 [--minutes 5] [--streams 64] [--max-length 60000]
+    python eval/engine_soak.py --base-url http://127.0.0.1:8000/v1 [--minutes 5] [--streams 64] [--max-length 60000]
+    (--out FILE.json writes the results there, and to FILE.md)
 
 For any served model. A request is a prompt of token ids, and its answer 16 greedy tokens. Batches round
 differently, so where an answer differs, the two tokens must have been nearly tied when the request was alone. At
 the end the server must hold no request and no page but those of the prefix cache, and answer as at first.
+Exits with 1 if anything of this is not so; the pass marks are goals.
 """
 
 import argparse
 import asyncio
 import json
+import os
 import random
 import sys
 import time
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import httpx
+from results_file import Figure, add_server_options, json_path, passed, served_system, write_results
+
+__all__ = ["Answer", "Found", "disagreement", "figures_of"]
 
 _NUM_TOKENS = 16
 _NUM_REQUESTS = 96
 _TIE = 0.15
 """Between log-probabilities, in nats."""
 _STALL_SECONDS = 120.0
+_RUNNING, _WAITING, _PAGES = "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"
 _LENGTHS = (1, 2, 63, 64, 65, 500, 2047, 2048, 2049, 4000, 8000, 16000, 30000, 60000)
 
 
@@ -48,7 +55,7 @@ async def ask(client: httpx.AsyncClient, model: str, prompt: list[int], stop_aft
     }
     tokens: list[str] = []
     top: list[dict[str, float]] = []
-    async with client.stream("POST", "/v1/completions", json=body) as response:
+    async with client.stream("POST", "/completions", json=body) as response:
         response.raise_for_status()
         async for line in response.aiter_lines():
             if not line.startswith("data: {"):
@@ -73,31 +80,60 @@ def disagreement(alone: Answer, loaded: Answer) -> str | None:
 
 
 async def gauges(client: httpx.AsyncClient) -> dict[str, float]:
-    """The server's running and waiting requests and the share of pages in use."""
-    wanted = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
-    found = {}
-    for line in (await client.get("/metrics")).text.splitlines():
+    """The server's running and waiting requests and the share of pages in use.
+
+    Raises:
+        SystemExit: the server does not tell one of them.
+    """
+    found: dict[str, float] = {}
+    url = str(client.base_url).rstrip("/").removesuffix("/v1") + "/metrics"
+    for line in (await client.get(url)).raise_for_status().text.splitlines():
         name = line.partition("{")[0]
-        if name in wanted and not line.startswith("#"):
+        if name in (_RUNNING, _WAITING, _PAGES):
             found[name] = found.get(name, 0.0) + float(line.rsplit(" ", 1)[1])
+    if missing := {_RUNNING, _WAITING, _PAGES} - found.keys():
+        raise SystemExit(f"{url}: expected vLLM's metrics, got none of {', '.join(sorted(missing))}.")
     return found
 
 
-async def soak(arguments: argparse.Namespace) -> int:
+@dataclass
+class Found:
+    """What a soak counted."""
+
+    answered: int = 0
+    cancelled: int = 0
+    wrong: list[str] = field(default_factory=list)
+    """A line for each wrong answer."""
+    wrong_after: list[str] = field(default_factory=list)
+    """Of requests that were alone again in the end."""
+    held: dict[str, float] = field(default_factory=dict)
+    """Gauges in the end."""
+
+
+async def soak(options: argparse.Namespace, model: str) -> Found:
     source = random.Random(0)
-    timeout = httpx.Timeout(_STALL_SECONDS)
-    limits = httpx.Limits(max_connections=arguments.streams + 8)
-    async with httpx.AsyncClient(base_url=arguments.base_url, timeout=timeout, limits=limits) as client:
-        model = (await client.get("/v1/models")).json()["data"][0]["id"]
-        lengths = [n for n in _LENGTHS if n <= arguments.max_length]
+    key = os.environ.get("OPENAI_API_KEY")
+    async with httpx.AsyncClient(
+        base_url=options.base_url,
+        headers={"Authorization": f"Bearer {key}"} if key else {},
+        timeout=httpx.Timeout(_STALL_SECONDS),
+        limits=httpx.Limits(max_connections=options.streams + 8),
+    ) as client:
+        lengths = [n for n in _LENGTHS if n <= options.max_length]
         prompts = []
         for index in range(_NUM_REQUESTS):
-            length = lengths[index] if index < len(lengths) else int(arguments.max_length ** source.random())
-            prompts.append([source.randrange(2, arguments.vocabulary) for _ in range(length)])
+            length = lengths[index] if index < len(lengths) else int(options.max_length ** source.random())
+            prompts.append([source.randrange(2, options.vocabulary) for _ in range(length)])
         alone = [await ask(client, model, prompt) for prompt in prompts]
         print(f"{len(alone)} requests alone, up to {max(map(len, prompts))} tokens", flush=True)
-        counts = {"answered": 0, "cancelled": 0, "wrong": 0, "wrong after": 0}
-        end = time.monotonic() + 60 * arguments.minutes
+        found = Found()
+        end = time.monotonic() + 60 * options.minutes
+
+        async def compare(index: int, into: list[str]) -> None:
+            reason = disagreement(alone[index], await ask(client, model, prompts[index]))
+            if reason:
+                into.append(f"prompt of {len(prompts[index])} tokens: {reason}")
+                print(into[-1], flush=True)
 
         async def stream(number: int) -> None:
             choice = random.Random(number)
@@ -105,38 +141,67 @@ async def soak(arguments: argparse.Namespace) -> int:
                 index = choice.randrange(len(prompts))
                 if choice.random() < 0.25:
                     await ask(client, model, prompts[index], stop_after=choice.randrange(1, _NUM_TOKENS))
-                    counts["cancelled"] += 1
+                    found.cancelled += 1
                     continue
-                reason = disagreement(alone[index], await ask(client, model, prompts[index]))
-                counts["answered"] += 1
-                if reason:
-                    counts["wrong"] += 1
-                    print(f"prompt of {len(prompts[index])} tokens: {reason}", flush=True)
+                await compare(index, found.wrong)
+                found.answered += 1
 
-        await asyncio.gather(*(stream(number) for number in range(arguments.streams)))
+        await asyncio.gather(*(stream(number) for number in range(options.streams)))
+        for index in range(min(20, len(prompts))):
+            await compare(index, found.wrong_after)
         for _ in range(30):  # what was cancelled last is let go within a few steps
-            left: dict[str, Any] = await gauges(client)
-            if not left["vllm:num_requests_running"] + left["vllm:num_requests_waiting"]:
+            found.held = await gauges(client)
+            if not any(found.held.values()):
                 break
             await asyncio.sleep(1)
-        after = [
-            disagreement(a, await ask(client, model, p)) for a, p in zip(alone[:20], prompts[:20], strict=True)
-        ]
-        counts["wrong after"] = sum(map(bool, after))
-        print(counts, left)
-        hanging = left["vllm:num_requests_running"] + left["vllm:num_requests_waiting"]
-        return int(bool(counts["wrong"] or counts["wrong after"] or hanging or not counts["answered"]))
+        return found
 
 
-def main() -> None:
+def figures_of(found: Found) -> list[Figure]:
+    """All but the cancelled requests have a mark."""
+
+    def none_of(name: str, value: float, unit: str = "") -> Figure:
+        return Figure(name, value, unit=unit, pass_mark=0, higher_is_better=False)
+
+    return [
+        Figure("answered under load", found.answered, pass_mark=1),
+        Figure("cancelled under load", found.cancelled),
+        none_of("wrong under load", len(found.wrong)),
+        none_of("wrong afterwards", len(found.wrong_after)),
+        none_of("requests held in the end", found.held[_RUNNING] + found.held[_WAITING]),
+        none_of("share of pages held in the end", found.held[_PAGES]),
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base-url", required=True)
+    add_server_options(parser)
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--max-length", type=int, default=60_000, help="of a prompt, in tokens")
     parser.add_argument("--vocabulary", type=int, default=1000, help="prompts are made of the ids below")
-    sys.exit(asyncio.run(soak(parser.parse_args())))
+    parser.add_argument("--out", type=json_path, metavar="FILE.json", help="write the results here, and to FILE.md")
+    options = parser.parse_args(arguments)
+    system = served_system(options)
+    found = asyncio.run(soak(options, system.model))
+    figures = figures_of(found)
+    for figure in figures:
+        print(f"{figure.name}: {figure.value:g}{' misses the mark' if figure.passed is False else ''}")
+    if options.out:
+        write_results(
+            options.out,
+            title="Answers under load",
+            system=system,
+            settings={name: getattr(options, name) for name in ("minutes", "streams", "max_length", "vocabulary")},
+            figures=figures,
+            notes=[
+                "The pass marks are goals: no answer is wrong, and nothing is held.",
+                f"An answer may leave that of the request alone where two tokens were less than {_TIE} nats apart.",
+            ],
+            details={"wrong": found.wrong, "wrong afterwards": found.wrong_after},
+        )
+    return int(not passed(figures))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

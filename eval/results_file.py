@@ -1,34 +1,34 @@
 """Results of an evaluation: a JSON file, and beside it a Markdown page that says what was run on what.
 
 An evaluation of a server calls ``add_server_options``, ``served_system`` and ``write_results``; one that runs an
-engine in its own process calls ``local_system`` instead of the first two.
+engine in its own process calls ``local_system`` instead of the first two. Versions and device of this machine come
+from ``this_machine``, for the kernels' results too.
 """
 
 import argparse
 import json
 import math
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import requests
+from this_machine import PACKAGES, installed_versions, local_device
 
 __all__ = [
     "Figure",
     "System",
     "add_server_options",
+    "json_path",
     "local_system",
     "passed",
     "served_system",
     "write_results",
 ]
 
-PACKAGES = ("vllm-dsv32", "vllm", "torch")
 _TIMEOUT_S = 30
 
 
@@ -115,7 +115,7 @@ def served_system(options: argparse.Namespace) -> System:
     model = by_name[options.model or next(iter(by_name))]
     versions: dict[str, str | None] = dict.fromkeys(PACKAGES)
     if options.server_is_here:
-        versions |= _installed_versions()
+        versions |= installed_versions()
     versions |= dict(_name_and_version(text) for text in options.server_versions)
     told = (_get(f"{base_url.removesuffix('/v1')}/version") or {}).get("version")
     if told is not None and versions["vllm"] is not None and _public(versions["vllm"]) != _public(told):
@@ -124,7 +124,7 @@ def served_system(options: argparse.Namespace) -> System:
             "Leave out --server-is-here if it runs elsewhere, or correct --server-versions."
         )
     versions["vllm"] = told or versions["vllm"]
-    device = _local_device() if options.server_is_here else options.server_device
+    device = local_device() if options.server_is_here else options.server_device
     return System(model["id"], versions, device, options.server_flags, model.get("max_model_len"))
 
 
@@ -135,7 +135,7 @@ def local_system(model: str, flags: str | None = None) -> System:
         model: its name, no path.
         flags: what was set on the engine.
     """
-    return System(model, _installed_versions(), _local_device(), flags)
+    return System(model, installed_versions(), local_device(), flags)
 
 
 def _get(url: str) -> Any:
@@ -164,29 +164,15 @@ def _name_and_version(text: str) -> tuple[str, str]:
     return name, number
 
 
-def _installed_versions() -> dict[str, str | None]:
-    return {name: _installed_version(name) for name in PACKAGES}
-
-
-def _installed_version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _local_device() -> str:
-    import torch
-
-    if num := torch.cuda.device_count():
-        return f"{num} x {torch.cuda.get_device_name()}"
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return f"CPU: {next(names, platform.machine())}, {os.cpu_count()} cores"
-
-
 # The files.
+
+
+def json_path(text: str) -> Path:
+    """A parser's type for the path of results, refused before anything has run."""
+    path = Path(text)
+    if path.suffix != ".json":
+        raise argparse.ArgumentTypeError(f"expected a name that ends in .json, got {text}")
+    return path
 
 
 def write_results(
@@ -285,6 +271,8 @@ def _number(value: Any) -> str:
         return ""
     if isinstance(value, float) and math.isfinite(value):
         # Shares to four digits after the point, as lm_eval prints them; larger numbers to two.
+        if 0 < abs(value) < 0.001:
+            return f"{value:.1e}"
         return f"{value:.4f}" if abs(value) < 10 else f"{value:,.2f}"
     return str(value)
 

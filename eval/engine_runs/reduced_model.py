@@ -5,7 +5,10 @@ from pathlib import Path
 
 from vllm_dsv32.tools.tiny_checkpoint import TinyCheckpointOptions, make_config, write_checkpoint
 
-__all__ = ["write_random_checkpoint", "write_reduced_config"]
+__all__ = ["REDUCED", "given_or_reduced", "write_random_checkpoint", "write_reduced_config"]
+
+REDUCED = "reduced, four layers"
+"""Its name in results."""
 
 _WIDTHS = {
     "hidden_size": 7168,
@@ -15,6 +18,14 @@ _WIDTHS = {
     "index_topk": 2048,
     "moe_intermediate_size": 2048,
 }
+
+
+def given_or_reduced(model: Path | None, folder: Path) -> Path:
+    """The model to time, given or reduced; the latter's configuration goes into ``folder``."""
+    if model is not None:
+        return model
+    write_reduced_config(folder / "model")
+    return folder / "model"
 
 
 def write_reduced_config(folder: Path) -> None:

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,16 +69,25 @@ class Child:
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
 
-    def wait(self) -> None:
-        """Raises: RuntimeError: the process failed."""
+    def wait(self, on_line: Callable[[str], object] = lambda line: None) -> None:
+        """Until it ended; ``on_line`` is called with each line that it prints.
+
+        Raises:
+            RuntimeError: the process failed.
+        """
         assert self.process.stdout is not None
-        for _ in self.process.stdout:
-            pass
+        for line in self.process.stdout:
+            on_line(line)
         if self.process.wait():
             raise RuntimeError(f"{self.name} ended with status {self.process.returncode}; see its log")
 
 
 def say_ready_and_wait() -> None:
-    """In the child."""
+    """In the child.
+
+    Raises:
+        SystemExit: the parent ended; the GPU is free for whoever comes next.
+    """
     print(_READY, flush=True)
-    sys.stdin.readline()
+    if not sys.stdin.readline():
+        raise SystemExit("the process that started this one ended before it said go")

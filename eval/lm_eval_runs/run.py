@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
-from results_file import Figure, System, add_server_options, passed, served_system, write_results
+from results_file import Figure, System, add_server_options, json_path, passed, served_system, write_results
 
 from lm_eval_runs.settings import HELD_TO_ANOTHER, MARK_RULE, Settings, pass_mark
 from lm_eval_runs.tasks import describe_file, load_task
@@ -31,7 +31,7 @@ def add_run_options(parser: argparse.ArgumentParser, defaults: Settings) -> None
     )
     parser.add_argument("--limit", type=_positive, metavar="N", help="take the first N problems only")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE.json", help="results; FILE.md and FILE.samples.jsonl come beside it"
+        "--out", type=json_path, metavar="FILE.json", help="results; FILE.md and FILE.samples.jsonl come beside it"
     )
 
 
@@ -114,8 +114,6 @@ def evaluate_and_report(
     """
     system = system or served_system(options)
     path = options.out or RESULTS / f"{stem}.json"
-    if path.suffix != ".json":
-        raise SystemExit(f"--out {path}: expected a name that ends in .json.")
     call = keywords(settings, options, system.model)
     with tempfile.TemporaryDirectory(prefix="lm-eval-") as folder:
         task = load_task(settings.task, files, Path(folder))

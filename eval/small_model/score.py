@@ -28,7 +28,7 @@ PASS_MARKS: Final = {
     "needle 4K": 0.95,
     "needle 16K": 0.95,
 }
-"""Shares of right chats."""
+"""Goals: shares of right chats."""
 
 SIZES: Final = {
     "small": {"tool loop": 12, "arithmetic": 40, "needle 1K": 8, "needle 4K": 2, "needle 16K": 1},
@@ -124,7 +124,7 @@ def main() -> None:
     shares = {}
     for kind, rights in scores:
         share = shares[kind] = sum(rights) / len(rights)
-        verdict = "passed" if share >= PASS_MARKS[kind] else f"below the mark of {PASS_MARKS[kind]:.0%}"
+        verdict = "passed" if share >= PASS_MARKS[kind] else f"below the goal of {PASS_MARKS[kind]:.0%}"
         print(f"{kind:12} {sum(rights):4} of {len(rights):4}  {share:7.1%}  {verdict}", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps({"size": arguments.size, "shares": shares}, indent=1) + "\n")

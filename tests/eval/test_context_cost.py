@@ -1,12 +1,14 @@
 """The figure of cost by context: measured on a CPU at two short lengths, and drawn for both sides."""
 
 import json
+from dataclasses import asdict
 
 import context_cost
 import matplotlib.image
 import pytest
 from context_cost import CONTEXTS, TABLE, draw, main, marginal, rows_of
 from engine_runs.sides import IN_TREE, PLUGIN
+from engine_runs.timed_engine import Timing
 
 from vllm_dsv32.tools.tiny_checkpoint import TinyCheckpointOptions, make_config
 
@@ -22,16 +24,29 @@ def test_marginal_cost_is_the_derivative():
         assert cost == pytest.approx(3e-6 + 1e-11 * (n + before))
 
 
+def raw(prefill_s, decode_step_s, at_once=1):
+    """As a child writes it, where a call takes ``at_once`` prompts, each ``prefill_s``."""
+
+    def timing(seconds):
+        return asdict(Timing(seconds, seconds, seconds, 1))
+
+    return {
+        "prompts_at_once": [at_once] * len(prefill_s),
+        "prefill_call_s": [timing(at_once * seconds) for seconds in prefill_s],
+        "decode_step_s": [timing(seconds) for seconds in decode_step_s],
+    }
+
+
 def test_rows_are_microseconds_a_token():
-    rows = rows_of(PLUGIN, [K, 2 * K], {"prefill_s": [0.001, 0.003], "decode_step_s": [0.008, 0.016]}, 16)
+    rows = rows_of(PLUGIN, [K, 2 * K], raw([0.001, 0.003], [0.008, 0.016], at_once=4), 16)
     assert [row["context"] for row in rows] == [K, 2 * K]
     assert [row["prefill"] for row in rows] == pytest.approx([1e3 / K, 2e3 / K])
     assert [row["decode"] for row in rows] == pytest.approx([500, 1000])
 
 
 def both_sides():
-    flat = {"prefill_s": [n * 1e-5 for n in CONTEXTS], "decode_step_s": [0.01] * len(CONTEXTS)}
-    steep = {"prefill_s": [n * 3e-5 for n in CONTEXTS], "decode_step_s": [n * 1e-6 for n in CONTEXTS]}
+    flat = raw([n * 1e-5 for n in CONTEXTS], [0.01] * len(CONTEXTS))
+    steep = raw([n * 3e-5 for n in CONTEXTS], [n * 1e-6 for n in CONTEXTS])
     return [*rows_of(PLUGIN, CONTEXTS, flat, 16), *rows_of(IN_TREE, CONTEXTS, steep, 16)]
 
 
@@ -80,7 +95,7 @@ def measured(tmp_path_factory):
         [
             *("--out", str(folder / "cost.json"), "--model", str(model), "--sides", PLUGIN, "--cache", "auto"),
             *("--dtype", "float32", "--contexts", "128", "256", "--step-tokens", "256", "--batch", "1"),
-            *("--new-tokens", "8", "--repeats", "1"),
+            *("--new-tokens", "32", "--repeats", "3"),
         ]
     )
     return folder
@@ -95,7 +110,12 @@ def test_the_command_measures_and_writes(measured):
     assert result["settings"]["contexts"] == [128, 256]
     rows = result["tables"][TABLE]
     assert [(row["side"], row["context"]) for row in rows] == [(PLUGIN, 128), (PLUGIN, 256)]
-    assert rows[0]["prefill"] == pytest.approx(1e6 * result["details"][PLUGIN]["prefill_s"][0] / 128)
+    details = result["details"][PLUGIN]
+    assert details["prompts_at_once"] == [8, 4]
+    assert rows[0]["prefill"] == pytest.approx(1e6 * details["prefill_call_s"][0]["seconds"] / (8 * 128))
+    for timing in (*details["prefill_call_s"], *details["decode_step_s"]):
+        assert timing["lowest"] <= timing["seconds"] <= timing["highest"]
+        assert timing["num_calls"] == 3
     assert all(row["decode"] > 0 for row in rows)
     page = (measured / "cost.md").read_text()
     assert "![cost by context](cost.png)" in page
@@ -108,13 +128,3 @@ def test_the_figure_can_be_drawn_again(measured):
     (measured / "cost.png").unlink()
     main(["--redraw", str(measured / "cost.json")])
     assert (measured / "cost.png").read_bytes() == before
-
-
-def test_a_prefix_cache_that_lost_prompts_is_reported():
-    class Output:
-        prompt_token_ids = range(1000)
-        num_cached_tokens = 900
-
-    context_cost._check_cached([Output()] * 4, 400)
-    with pytest.raises(RuntimeError, match="4 prompts of 1000 tokens: 400 are missing, and a step takes 399"):
-        context_cost._check_cached([Output()] * 4, 399)

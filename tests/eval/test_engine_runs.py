@@ -1,8 +1,7 @@
 """What the comparisons of both sides are made of; the engines themselves need a GPU."""
 
-import argparse
-import asyncio
 import json
+import math
 
 import engine_agreement
 import engine_soak
@@ -56,6 +55,16 @@ def test_a_side_that_fails_is_reported(tmp_path):
         late.wait()
 
 
+def test_a_side_ends_with_its_parent(tmp_path):
+    left = child(tmp_path, PLUGIN, after="print('it went on', file=sys.stderr)")
+    left.wait_until_ready()
+    left.process.stdin.close()
+    assert left.process.wait(timeout=60) == 1
+    log = (tmp_path / "log").read_text()
+    assert "ended before it said go" in log
+    assert "it went on" not in log
+
+
 def test_the_reduced_model_has_the_published_widths(tmp_path):
     reduced_model.write_reduced_config(tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
@@ -88,20 +97,51 @@ def test_differences_of_distributions():
     assert other["top1_agreement"] == 0.5
     assert other["worst_kl"] == pytest.approx(0.25 * 0.6931472)
     assert other["mean_kl"] == pytest.approx(other["worst_kl"] / 2)
+    impossible = torch.tensor([[0.5, 0.5, 0.0]]).log()
+    assert engine_agreement.difference(impossible, impossible)["mean_kl"] == 0
+    assert math.isnan(engine_agreement.difference(a, a * torch.nan)["mean_kl"])
+    assert math.isnan(engine_agreement.difference(a * torch.nan, a)["mean_kl"])
 
 
-@pytest.mark.parametrize("failing", [None, "in-tree-fp8"])
-def test_an_agreement_with_a_run_that_failed_is_none(tmp_path, monkeypatch, capsys, failing):
+SHARES = {"plugin-fp8": 0.52, "in-tree-fp8": 0.51}
+"""Of the first of two tokens, so that each side's caches differ; half in all other runs."""
+
+
+@pytest.mark.parametrize(
+    ("failing", "shares", "missed"),
+    [
+        (None, SHARES, []),
+        (
+            None,
+            SHARES | {"plugin-auto-mtp": 0.54},
+            ["mean KL, plugin auto mtp and in-tree auto mtp, 64 tokens"],
+        ),
+        (
+            None,
+            {"plugin-auto": math.nan},
+            [
+                "mean KL, plugin auto and in-tree auto, 64 tokens",
+                *(
+                    f"mean KL, plugin {name} and in-tree {name}, 64 tokens"
+                    for name in ("auto mtp", "fp8", "fp8 mtp")
+                ),
+            ],
+        ),
+        ("in-tree-fp8", SHARES, ["failed runs"]),
+    ],
+)
+def test_agreement_is_held_to_what_the_caches_differ_by(tmp_path, monkeypatch, capsys, failing, shares, missed):
     class Run:
         def __init__(self, name, command):
-            self.name, self.out = name, command[command.index("--out") + 1]
+            self.name, self.out = name, command[command.index("--record") + 1]
 
         def wait_until_ready(self):
             if self.name == failing:
                 raise RuntimeError(f"{self.name} ended")
 
         def go(self):
-            torch.save({64: torch.tensor([[0.5, 0.5]]).log()}, self.out)
+            share = shares.get(self.name, 0.5)
+            torch.save({64: torch.tensor([[share, 1 - share]]).log()}, self.out)
 
         def wait(self):
             pass
@@ -113,11 +153,24 @@ def test_an_agreement_with_a_run_that_failed_is_none(tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(engine_agreement, "Child", Start)
     monkeypatch.setattr(engine_agreement, "visible_gpus", lambda: ["0", "1"])
-    arguments = argparse.Namespace(out=tmp_path / "out.json", model=tmp_path, contexts=[64])
-    assert engine_agreement.compare(arguments) == (0 if failing is None else 1)
-    pairs = [row["sides"] for row in json.loads(arguments.out.read_text())]
-    assert (["plugin fp8", "in-tree fp8"] in pairs) == (failing is None)
-    assert ["plugin auto", "in-tree auto"] in pairs
+    out = tmp_path / "out.json"
+    arguments = ["--out", str(out), "--model", str(tmp_path), "--contexts", "64"]
+    assert engine_agreement.main(arguments) == int(bool(missed))
+    result = json.loads(out.read_text())
+    assert [figure["name"] for figure in result["figures"] if figure["passed"] is False] == missed
+    assert result["passed"] is not missed
+    assert result["system"]["device"]
+    assert {"vllm-dsv32", "vllm", "torch"} <= result["system"]["versions"].keys()
+    assert "is a goal of this project" in out.with_suffix(".md").read_text()
+    pairs = [(row["one"], row["other"]) for row in result["tables"]["Differences"]]
+    assert (("plugin fp8", "in-tree fp8") in pairs) == (failing is None)
+    assert ("plugin auto", "in-tree auto") in pairs
+    marks = {figure["name"]: figure["pass_mark"] for figure in result["figures"]}
+    assert marks["mean KL, plugin auto and plugin fp8, 64 tokens"] is None
+    if shares == SHARES and failing is None:
+        yardstick = -0.5 * math.log(4 * 0.52 * 0.48)
+        mark = marks["mean KL, plugin fp8 and in-tree fp8, 64 tokens"]
+        assert mark == pytest.approx(2 * yardstick, rel=1e-3)
 
 
 def answer(*tokens: str, gap: float = 1.0) -> Answer:
@@ -139,21 +192,30 @@ def server(tmp_path_factory):
         yield running
 
 
-def soak(server, **changes) -> int:
-    arguments = {"minutes": 0.1, "streams": 6, "max_length": 300, "vocabulary": 250} | changes
-    return asyncio.run(engine_soak.soak(argparse.Namespace(base_url=server.url, **arguments)))
+def soak(server, out, minutes=0.1) -> tuple[int, dict]:
+    """The exit status and the result file."""
+    arguments = ["--base-url", f"{server.url}/v1", "--server-is-here", "--out", str(out)]
+    arguments += ["--minutes", str(minutes), "--streams", "6", "--max-length", "300", "--vocabulary", "250"]
+    status = engine_soak.main(arguments)
+    result = json.loads(out.read_text())
+    assert status == int(not result["passed"])
+    return status, result
 
 
-def test_a_short_soak_on_a_cpu(server, monkeypatch, capsys):
+def test_a_short_soak_on_a_cpu(server, tmp_path, monkeypatch):
     monkeypatch.setattr(engine_soak, "_NUM_REQUESTS", 12)
-    assert soak(server) == 0
-    report = capsys.readouterr().out
-    assert "'wrong': 0, 'wrong after': 0" in report
-    assert "'answered': 0" not in report
-    assert "'cancelled': 0" not in report
+    status, result = soak(server, tmp_path / "soak.json")
+    values = {figure["name"]: figure["value"] for figure in result["figures"]}
+    assert status == 0, values
+    assert values["answered under load"] > 0
+    assert values["cancelled under load"] > 0
+    assert values["share of pages held in the end"] == 0
+    assert result["system"]["device"]
+    assert all(result["system"]["versions"].values())
+    assert "The pass marks are goals" in (tmp_path / "soak.md").read_text()
 
 
-def test_a_wrong_answer_is_found(server, monkeypatch, capsys):
+def test_a_wrong_answer_is_found(server, tmp_path, monkeypatch):
     monkeypatch.setattr(engine_soak, "_NUM_REQUESTS", 4)
     ask, asked = engine_soak.ask, []
 
@@ -162,5 +224,18 @@ def test_a_wrong_answer_is_found(server, monkeypatch, capsys):
         return await ask(client, model, prompt if len(asked) <= 4 else [7, *prompt[1:], 8], stop_after)
 
     monkeypatch.setattr(engine_soak, "ask", ask_for_another)
-    assert soak(server, minutes=0.02) == 1
-    assert "nats likelier" in capsys.readouterr().out
+    status, result = soak(server, tmp_path / "soak.json", minutes=0.02)
+    assert status == 1
+    assert "nats likelier" in result["details"]["wrong"][0]
+    missed = {figure["name"] for figure in result["figures"] if figure["passed"] is False}
+    assert missed == {"wrong under load", "wrong afterwards"}
+
+
+def test_what_a_server_still_holds_misses_the_marks():
+    held = {engine_soak._RUNNING: 1.0, engine_soak._WAITING: 2.0, engine_soak._PAGES: 0.25}
+    figures = engine_soak.figures_of(engine_soak.Found(answered=5, held=held))
+    missed = {figure.name: figure.value for figure in figures if figure.passed is False}
+    assert missed == {"requests held in the end": 3, "share of pages held in the end": 0.25}
+    idle = engine_soak.Found(answered=0, held=dict.fromkeys(held, 0.0))
+    missed = [figure.name for figure in engine_soak.figures_of(idle) if figure.passed is False]
+    assert missed == ["answered under load"]

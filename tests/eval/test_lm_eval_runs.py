@@ -14,6 +14,7 @@ from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval_runs.run import figures_of, keywords
 from lm_eval_runs.settings import AIME25, GSM8K, GSM8K_20_SHOT, gsm8k, pass_mark, standard_error
 from lm_eval_runs.tasks import load_task
+from lm_eval_runs.thinking import check_room
 
 from server.process import MODEL, Server, serve
 from small_model.tasks import Chat, arithmetic
@@ -223,7 +224,7 @@ def test_gsm8k_scores_sums_that_the_model_can_do(server, tmp_path):
     for sample in samples_of(out):
         assert sample["right"] == (sample["extracted"].strip() == sample["target"].partition("#### ")[2])
     assert result["system"]["model"] == MODEL
-    assert {"vllm-dsv32", "vllm", "torch"} == result["system"]["versions"].keys()
+    assert {"vllm-dsv32", "vllm", "torch"} <= result["system"]["versions"].keys()
     assert all(result["system"]["versions"].values())
     assert result["system"]["device"]
     assert result["settings"]["data"]["test"]["lines"] == len(rows)
@@ -284,6 +285,31 @@ def test_aime25_refuses_a_server_with_too_short_a_context(server, tmp_path):
     said = run(server, "aime25.py", tmp_path / "out.json", status=1)
     assert "72768" in said
     assert "--max-model-len is 4096" in said
+
+
+def test_there_must_be_room_for_a_prompt():
+    with pytest.raises(SystemExit, match=r"Replies may take 100 tokens.*--max-model-len is 100"):
+        check_room(100, 100)
+    check_room(101, 100)
+    check_room(None, 100)
+
+
+def test_aime25_refuses_a_server_that_does_not_set_reasoning_apart(tmp_path):
+    model = tmp_path / "model"
+    model.symlink_to(EVAL / "small_model" / "checkpoint")
+    data = write_lines(tmp_path / "test.jsonl", [{"id": "0", "problem": "1 + 1?", "answer": "2"}])
+    out = tmp_path / "out.json"
+    with serve(model, "--dtype", "float32", "--max-model-len", "1024", "--reasoning-parser", "") as server:
+        said = run(server, "aime25.py", out, "--data", data, "--max-tokens", "60", status=1)
+    assert "expected the reply's reasoning apart from its content (message.reasoning), got content alone" in said
+    assert "</think>" in said, "what the reply was, in which the reasoning is"
+    assert "--reasoning-parser deepseek_v3" in said
+    assert not out.exists(), "nothing was scored"
+
+
+def test_results_go_into_a_json_file(server, tmp_path):
+    said = run(server, "aime25.py", tmp_path / "out.txt", status=2)
+    assert "expected a name that ends in .json" in said
 
 
 def test_an_unknown_model_is_refused(server, tmp_path):

@@ -46,7 +46,7 @@ class Tiling:
     num_lone_rows: int
     """Up to so many rows, a program has a multiprocessor to itself."""
     num_lone_warps: int
-    """Of a program that cuts and has a multiprocessor to itself."""
+    """Of a program that cuts and has a multiprocessor to itself; half as many where a row is half as long."""
     num_warps: int
     """Of one that has not."""
     max_registers: int | None
@@ -229,7 +229,7 @@ def topk_select(logits: torch.Tensor, num_keys: torch.Tensor, topk_pos: torch.Te
             logits.stride(0),
             topk_pos.stride(0),
             **_select_constexprs(k, capacity, 0, tiles, vector),
-            **_select_options(num_rows, tiles),
+            **_select_options(num_rows, capacity < _capacity(k, tiles), tiles),
         )
         return
     rows_at_once = min(num_rows, tiles.num_programs)
@@ -257,7 +257,7 @@ def topk_select(logits: torch.Tensor, num_keys: torch.Tensor, topk_pos: torch.Te
             logits.stride(0),
             topk_pos.stride(0),
             **_select_constexprs(k, capacity, parts, tiles, vector),
-            **_select_options(rows_at_once, tiles),
+            **_select_options(rows_at_once, False, tiles),
         )
 
 
@@ -266,9 +266,9 @@ def _capacity(k: int, tiles: Tiling) -> int:
     return max(4 * triton.next_power_of_2(k), 2 * tiles.tile)
 
 
-def _select_options(num_rows: int, tiles: Tiling) -> dict[str, Any]:
+def _select_options(num_rows: int, short: bool, tiles: Tiling) -> dict[str, Any]:
     if num_rows <= tiles.num_lone_rows:
-        return {"num_warps": tiles.num_lone_warps, "maxnreg": None}
+        return {"num_warps": max(1, tiles.num_lone_warps // 2 if short else tiles.num_lone_warps), "maxnreg": None}
     return {"num_warps": tiles.num_warps, "maxnreg": tiles.max_registers}
 
 
@@ -287,17 +287,18 @@ def compilations(capability: tuple[int, int]) -> Iterator[Compilation]:
     rows: dict[str, str] = {"logits_ptr": "*fp32", "num_keys_ptr": "*i32"}
     lists: dict[str, str] = {"lists_ptr": "*i32", "counts_ptr": "*i32"}
     strides: dict[str, str] = {"logits_stride": "i32", "topk_pos_stride": "i32"}
-    for parts in (0, 1, *tiles.splits):
-        name = f"{parts} parts" if parts else "short rows"
+    sizes = [(0, capacity // 2), *((parts, capacity) for parts in (0, 1, *tiles.splits))]
+    for parts, size in sizes:
+        name = f"{parts} parts" if parts else f"rows of {size}"
         for num_rows in (1, tiles.num_lone_rows + 1):
             if parts > 1 and parts * num_rows > tiles.num_split_programs:
                 continue
-            options = _select_options(num_rows, tiles)
+            options = _select_options(num_rows, size < capacity, tiles)
             yield Compilation(
                 name=f"topk_select {name}, {num_rows} rows",
                 kernel=_select_kernel,
                 signature={**rows, "topk_pos_ptr": "*i32", **lists, **strides},
-                constexprs=_select_constexprs(k, capacity, parts, tiles, vector=4),
+                constexprs=_select_constexprs(k, size, parts, tiles, vector=4),
                 num_warps=options["num_warps"],
                 num_stages=1,
                 max_registers=options["maxnreg"],
