@@ -1,10 +1,13 @@
 """What is particular to the Gluon kernels, which no interpreter runs: real tiles, rings that turn, and splits."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from kernels.inputs import latent_cache
+from kernels.inputs import PROBLEM, latent_cache
 from vllm_dsv32.kernels import sparse_mla, sparse_mla_gluon
+from vllm_dsv32.kernels.dispatch import explain
 from vllm_dsv32.layout import latent_fp8_views
 
 needs_hopper = pytest.mark.skipif(
@@ -93,3 +96,10 @@ def test_other_pages(cache_format, num_heads, block_size):
 def test_what_it_does_not_take(q, cache, message):
     with pytest.raises(ValueError, match=message):
         sparse_mla_gluon.sparse_mla(q, cache, torch.zeros(1, 1).int(), torch.ones(1).int(), SCALE)
+
+
+def test_the_table_offers_what_the_kernels_take():
+    for num_heads in (1, 16, 17, 128):
+        problem = replace(PROBLEM, num_heads=num_heads, cache_format="fp8_ds_mla")
+        (refusal,) = (refusal for row, refusal in explain("sparse_mla", problem) if row.name == "gluon")
+        assert (refusal is None) == (num_heads <= sparse_mla_gluon.MAX_FP8_HEADS)

@@ -6,6 +6,7 @@ the Triton kernel does, and join the results in its second launch.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -37,24 +38,13 @@ class _Launch:
     num_warps: int
 
 
-_FP8 = _Launch(
-    sparse_mla_gluon_fp8.sparse_mla_fp8_kernel,
-    sparse_mla_gluon_fp8.HEADS,
-    sparse_mla_gluon_fp8.KEYS,
-    sparse_mla_gluon_fp8.NUM_WARPS,
-)
-_NARROW = _Launch(
-    sparse_mla_gluon_narrow.sparse_mla_narrow_kernel,
-    sparse_mla_gluon_narrow.HEADS,
-    sparse_mla_gluon_narrow.KEYS,
-    sparse_mla_gluon_narrow.NUM_WARPS,
-)
-_WIDE = _Launch(
-    sparse_mla_gluon_wide.sparse_mla_wide_kernel,
-    sparse_mla_gluon_wide.HEADS,
-    sparse_mla_gluon_wide.KEYS,
-    sparse_mla_gluon_wide.NUM_WARPS,
-)
+def _launch_of(kernel: Any, module: ModuleType) -> _Launch:
+    return _Launch(kernel, module.HEADS, module.KEYS, module.NUM_WARPS)
+
+
+_FP8 = _launch_of(sparse_mla_gluon_fp8.sparse_mla_fp8_kernel, sparse_mla_gluon_fp8)
+_NARROW = _launch_of(sparse_mla_gluon_narrow.sparse_mla_narrow_kernel, sparse_mla_gluon_narrow)
+_WIDE = _launch_of(sparse_mla_gluon_wide.sparse_mla_wide_kernel, sparse_mla_gluon_wide)
 
 
 def sparse_mla(
