@@ -3,7 +3,7 @@ import torch
 
 from kernels import naive
 from kernels.inputs import CACHE_FORMATS, close, implementations, latent_cache, on_device
-from vllm_dsv32.kernels import sparse_mla, sparse_mla_triton
+from vllm_dsv32.kernels import sparse_mla, sparse_mla_launch, sparse_mla_triton
 from vllm_dsv32.kernels.sparse_mla_join_triton import split_count
 from vllm_dsv32.layout import latent_fp8_views
 
@@ -227,7 +227,7 @@ def test_splits_join_to_the_whole(generator, monkeypatch, cache_format, num_spli
     slots = torch.stack([torch.randperm(80, generator=generator)[:70] for _ in num_valid]).int()
     valid = torch.tensor(num_valid, dtype=torch.int32)
     whole = sparse_mla.reference(q, cache, slots, valid, 0.05)
-    monkeypatch.setattr(sparse_mla_triton, "split_count", lambda *_: num_splits)
+    monkeypatch.setattr(sparse_mla_launch, "split_count", lambda *_: num_splits)
     # Memory that nothing has written is NaN: empty splits must not be read.
     torch.use_deterministic_algorithms(True)
     try:

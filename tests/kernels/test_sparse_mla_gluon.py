@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels.inputs import PROBLEM, latent_cache
-from vllm_dsv32.kernels import sparse_mla, sparse_mla_gluon
+from vllm_dsv32.kernels import sparse_mla, sparse_mla_gluon, sparse_mla_launch
 from vllm_dsv32.kernels.dispatch import explain
 from vllm_dsv32.layout import latent_fp8_views
 
@@ -56,7 +56,7 @@ def assert_near(got, wanted):
 @needs_hopper
 def test_counts_around_tiles_and_splits(monkeypatch, cache_format, num_heads, num_splits):
     if num_splits is not None:
-        monkeypatch.setattr(sparse_mla_gluon, "split_count", lambda *_: num_splits)
+        monkeypatch.setattr(sparse_mla_launch, "split_count", lambda *_: num_splits)
     arguments = problem(cache_format, num_heads, NUM_VALID)
     out, lse = sparse_mla_gluon.sparse_mla(*arguments)
     assert_near((out, lse), sparse_mla.reference(arguments[0].float(), *arguments[1:]))

@@ -23,6 +23,7 @@ __all__ = [
 
 LATENT = gl.constexpr(KV_LORA_RANK)
 ROPE = gl.constexpr(ROPE_DIM)
+BFLOAT16_ROW_CHUNKS = gl.constexpr((KV_LORA_RANK + ROPE_DIM) // 8)
 
 # From Triton 3.9 on, the function has another name.
 _copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -94,3 +95,45 @@ def fill_queries(
     """Write columns of queries to a tile of shared memory, and zeros for heads that do not exist."""
     column = gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, COPY))
     tile.store(gl.load(q_rows[:, None] + FIRST + column[None, :], mask=exists[:, None], other=0.0))
+
+
+@gluon.jit
+def open_token(
+    q_ptr: gl.tensor,
+    cache_ptr: gl.tensor,
+    slots: gl.tensor,
+    token: gl.tensor,
+    begin: gl.tensor,
+    end: gl.tensor,
+    page_chunks: gl.tensor,
+    NUM_HEADS: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    HEADS: gl.constexpr,
+    KEYS: gl.constexpr,
+    COPY: gl.constexpr,
+) -> tuple:
+    """Rings of two tiles of bfloat16 rows, whose first is under way, and a token's queries, all in shared memory.
+
+    Returns:
+        Both rings, both parts of the queries, the first head, and the slots of the second tile.
+    """
+    LINES: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    HEAD_TILES: gl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
+    latent_ring = gl.allocate_shared_memory(gl.bfloat16, [2, KEYS, LATENT], LINES)
+    rope_ring = gl.allocate_shared_memory(gl.bfloat16, [2, KEYS, ROPE], LINES)
+    q_latent = gl.allocate_shared_memory(gl.bfloat16, [HEADS, LATENT], LINES)
+    q_rope = gl.allocate_shared_memory(gl.bfloat16, [HEADS, ROPE], LINES)
+
+    row = gl.arange(0, KEYS, layout=gl.SliceLayout(1, COPY))
+    if begin < end:
+        chunk = row_chunk(load_slot(slots, begin + row, end), page_chunks, BLOCK_SIZE, BFLOAT16_ROW_CHUNKS)
+        copy_tile(rope_ring.index(0), latent_ring.index(0), cache_ptr, chunk, COPY)
+    async_copy.commit_group()
+    slot = load_slot(slots, begin + KEYS + row, end)
+
+    first = gl.program_id(0) % HEAD_TILES * HEADS
+    head = first + gl.arange(0, HEADS, layout=gl.SliceLayout(1, COPY))
+    q_rows = q_ptr + (token * NUM_HEADS + head) * (LATENT + ROPE)
+    fill_queries(q_latent, q_rows, head < NUM_HEADS, 0, COPY)
+    fill_queries(q_rope, q_rows, head < NUM_HEADS, LATENT, COPY)
+    return latent_ring, rope_ring, q_latent, q_rope, first, slot

@@ -15,12 +15,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from vllm_dsv32.kernels.gluon_rows import (
+    BFLOAT16_ROW_CHUNKS,
     LATENT,
-    ROPE,
     copy_tile,
-    fill_queries,
     keys_of_program,
     load_slot,
+    open_token,
     row_chunk,
 )
 
@@ -58,34 +58,19 @@ def sparse_mla_narrow_kernel(
     # Eight threads copy a line of 128 bytes, the period of the swizzle.
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     OUT: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
-    LINES: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     WEIGHTS: gl.constexpr = gl.NVMMASharedLayout(2 * HEADS, 16, 2)
-    ROW_CHUNKS: gl.constexpr = (LATENT + ROPE) // 8
     HEAD_TILES: gl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
     part, token, begin, end = keys_of_program(num_valid_ptr, num_splits, KEYS, HEAD_TILES)
     if SPLIT and begin >= end:
         return
 
-    latent_ring = gl.allocate_shared_memory(gl.bfloat16, [2, KEYS, LATENT], LINES)
-    rope_ring = gl.allocate_shared_memory(gl.bfloat16, [2, KEYS, ROPE], LINES)
-    q_latent = gl.allocate_shared_memory(gl.bfloat16, [HEADS, LATENT], LINES)
-    q_rope = gl.allocate_shared_memory(gl.bfloat16, [HEADS, ROPE], LINES)
+    slots = topk_slot_ptr + token * num_slots
+    latent_ring, rope_ring, q_latent, q_rope, first, slot = open_token(
+        q_ptr, cache_ptr, slots, token, begin, end, page_chunks, NUM_HEADS, BLOCK_SIZE, HEADS, KEYS, COPY
+    )
     weights = gl.allocate_shared_memory(gl.bfloat16, [KEYS, HEADS], WEIGHTS)
 
-    slots = topk_slot_ptr + token * num_slots
     row = gl.arange(0, KEYS, layout=gl.SliceLayout(1, COPY))
-    if begin < end:
-        chunk = row_chunk(load_slot(slots, begin + row, end), page_chunks, BLOCK_SIZE, ROW_CHUNKS)
-        copy_tile(rope_ring.index(0), latent_ring.index(0), cache_ptr, chunk, COPY)
-    async_copy.commit_group()
-    slot = load_slot(slots, begin + KEYS + row, end)
-
-    first = gl.program_id(0) % HEAD_TILES * HEADS
-    head = first + gl.arange(0, HEADS, layout=gl.SliceLayout(1, COPY))
-    q_rows = q_ptr + (token * NUM_HEADS + head) * (LATENT + ROPE)
-    fill_queries(q_latent, q_rows, head < NUM_HEADS, 0, COPY)
-    fill_queries(q_rope, q_rows, head < NUM_HEADS, LATENT, COPY)
-
     key = gl.arange(0, KEYS, layout=gl.SliceLayout(1, MMA))
     highest = gl.full([HEADS], float("-inf"), gl.float32, gl.SliceLayout(0, MMA))
     denominator = gl.zeros([KEYS, HEADS], gl.float32, MMA)
@@ -101,7 +86,7 @@ def sparse_mla_narrow_kernel(
         scores = warpgroup_mma(latent, q_latent.permute((1, 0)), scores, is_async=True)
 
         if start + KEYS < end:
-            chunk = row_chunk(slot, page_chunks, BLOCK_SIZE, ROW_CHUNKS)
+            chunk = row_chunk(slot, page_chunks, BLOCK_SIZE, BFLOAT16_ROW_CHUNKS)
             copy_tile(rope_ring.index((index + 1) % 2), latent_ring.index((index + 1) % 2), cache_ptr, chunk, COPY)
         async_copy.commit_group()
         slot = load_slot(slots, start + 2 * KEYS + row, end)

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 
 from vllm_dsv32.kernels import triton_device
-from vllm_dsv32.kernels.sparse_mla_join_triton import join_splits, keys_of_split, split_count
+from vllm_dsv32.kernels.sparse_mla_join_triton import keys_of_split
+from vllm_dsv32.kernels.sparse_mla_launch import Launch, launch, row_views
 from vllm_dsv32.kernels.sparse_mla_tiling import Tiling, tiling
 from vllm_dsv32.kernels.triton_compilation import Compilation
 from vllm_dsv32.kernels.triton_latent import (
@@ -30,13 +31,12 @@ from vllm_dsv32.kernels.triton_latent import (
     scoring_rows,
     value_rows,
 )
-from vllm_dsv32.layout import KV_LORA_RANK, LATENT_FP8_NBYTES, ROPE_DIM, is_fp8_ds_mla, latent_fp8_views
+from vllm_dsv32.layout import KV_LORA_RANK, LATENT_FP8_NBYTES, ROPE_DIM, is_fp8_ds_mla
 
 __all__ = ["compilations", "sparse_mla"]
 
 _ROPE = tl.constexpr(ROPE_DIM)
 _LN_2 = tl.constexpr(0.6931471805599453)
-_LOG2_E = 1.4426950408889634
 # Half of the 2^120 that decoded values lack, on either side of a product: neither leaves the range of float32.
 _TWO_POW_60 = tl.constexpr(2.0**60)
 
@@ -173,49 +173,18 @@ def sparse_mla(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`vllm_dsv32.kernels.sparse_mla.reference`; weights are rounded to the dtype of ``q``."""
     num_tokens, num_heads, _ = q.shape
-    out = q.new_empty((num_tokens, num_heads, KV_LORA_RANK))
-    lse = q.new_empty((num_tokens, num_heads), dtype=torch.float32)
-    if num_tokens == 0:
-        return out, lse
     fp8 = is_fp8_ds_mla(cache)
     tiles = tiling(triton_device.capability_of(q.device), num_heads, fp8, q.dtype, num_tokens)
-    num_programs = num_tokens * triton.cdiv(num_heads, tiles.num_heads)
-    num_concurrent = triton_device.num_multiprocessors(q.device) * tiles.programs_per_sm
-    num_splits = split_count(num_programs, topk_slot.shape[1], num_concurrent, tiles.num_keys)
-    part_out, part_lse = out, lse
-    if num_splits > 1:
-        part_out = q.new_empty((num_tokens, num_splits, num_heads, KV_LORA_RANK), dtype=torch.float32)
-        part_lse = q.new_empty((num_tokens, num_splits, num_heads), dtype=torch.float32)
-    page_nbytes = cache.stride(0) * cache.itemsize
-    if page_nbytes % 16:
-        raise ValueError(f"latent cache: expected pages at multiples of 16 bytes, got one every {page_nbytes}")
-    _sparse_mla_kernel[(num_programs * num_splits,)](
-        q.contiguous(),
-        *_views(cache),
-        topk_slot.contiguous(),
-        num_valid,
-        part_out,
-        part_lse,
-        scale * _LOG2_E,
-        num_splits,
-        topk_slot.shape[1],
-        page_nbytes // 16,
-        **_constexprs(num_heads, cache.shape[1], cache.shape[2] * cache.itemsize, fp8, num_splits > 1, tiles),
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-        maxnreg=tiles.max_registers,
+    row_nbytes = cache.shape[2] * cache.itemsize
+    how = Launch(
+        kernel=_sparse_mla_kernel,
+        num_heads=tiles.num_heads,
+        num_keys=tiles.num_keys,
+        programs_per_sm=tiles.programs_per_sm,
+        constexprs=lambda split: _constexprs(num_heads, cache.shape[1], row_nbytes, fp8, split, tiles),
+        options={"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, "maxnreg": tiles.max_registers},
     )
-    if num_splits > 1:
-        join_splits(part_out, part_lse, num_valid, tiles.num_keys, out, lse)
-    return out, lse
-
-
-def _views(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What is not rotated, its scales, and what is."""
-    if not is_fp8_ds_mla(cache):
-        return cache, cache, cache[..., KV_LORA_RANK:]
-    views = latent_fp8_views(cache)
-    return views.nope_fp8.view(torch.int32), views.nope_scale, views.rope
+    return launch(how, q, cache, row_views(cache), topk_slot, num_valid, scale)
 
 
 def _constexprs(
