@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy
 from vllm_dsv32.layout import KV_LORA_RANK, ROPE_DIM
 
 __all__ = [
+    "BFLOAT16_ROW_CHUNKS",
     "LATENT",
     "ROPE",
     "copy_rows",
@@ -18,6 +19,7 @@ __all__ = [
     "fill_queries",
     "keys_of_program",
     "load_slot",
+    "open_token",
     "row_chunk",
 ]
 
@@ -111,7 +113,14 @@ def open_token(
     HEADS: gl.constexpr,
     KEYS: gl.constexpr,
     COPY: gl.constexpr,
-) -> tuple:
+) -> tuple[
+    gl.shared_memory_descriptor,
+    gl.shared_memory_descriptor,
+    gl.shared_memory_descriptor,
+    gl.shared_memory_descriptor,
+    gl.tensor,
+    gl.tensor,
+]:
     """Rings of two tiles of bfloat16 rows, whose first is under way, and a token's queries, all in shared memory.
 
     Returns:
