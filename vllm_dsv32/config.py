@@ -32,8 +32,8 @@ __all__ = [
 _OPTIONS_KEY = "vllm_dsv32"
 _OPTIONS = ("kernels", "shared_selection_from")
 SHARED_SELECTION_FROM = 1 << 26
-"""8192 tokens at a context of 8192. Of these the later half took 0.63 ms a layer on one H200 (eval/kernels.py). What
-the gathering takes was not measured: by the rate of NVLink 0.3 ms."""
+"""8192 tokens at a context of 8192. Of these the later half took 0.63 ms a layer on one H200 (eval/kernels.py).
+What the gathering takes was not measured: by the rate of NVLink 0.3 ms."""
 _ROUTING = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 _FP8_NAMES = ("fp8", "fp8_e4m3", FP8_DS_MLA)
 
