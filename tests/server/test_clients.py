@@ -10,7 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import openai
 import pytest
+from openai.types.chat import ChatCompletionChunk
 
 from replay.checkpoint import seen_prompts
 from server.process import MODEL, Server
@@ -37,9 +39,15 @@ def run(command: list[str]) -> str:
     return done.stdout
 
 
+def block(marker: str) -> tuple[str, str]:
+    """Language and code of the one block of clients.md that holds `marker`."""
+    (found,) = [found for found in BLOCKS if marker in found[1]]
+    return found
+
+
 def run_block(server: Server, marker: str) -> str:
-    """The output of the one block of clients.md that holds `marker`, for this server."""
-    ((language, code),) = [block for block in BLOCKS if marker in block[1]]
+    """The output of that block, for this server."""
+    language, code = block(marker)
     code = code.replace("http://127.0.0.1:8000", server.url).replace("deepseek-ai/DeepSeek-V3.2", MODEL)
     return run(["bash", "-euc", code] if language == "bash" else [sys.executable, "-c", code])
 
@@ -52,6 +60,26 @@ def test_health_and_models(replay_server: Server):
 
 def test_chat_streamed(replay_server: Server):
     assert run_block(replay_server, "stream=True") == "0.11 is less than 0.9.9.9 is larger.\n"
+
+
+def test_chat_streamed_with_the_last_thought_and_the_first_word_in_one_chunk(monkeypatch, capsys):
+    """As a server sends them that falls behind: several tokens become one chunk."""
+    deltas = ({"reasoning": "0.11 is"}, {"reasoning": " less.", "content": "9.9 is"}, {"content": " larger."})
+    chunks = [
+        ChatCompletionChunk.model_validate(
+            {
+                "id": "1",
+                "created": 1,
+                "model": MODEL,
+                "object": "chat.completion.chunk",
+                "choices": [{"index": 0, "delta": delta, "finish_reason": None}],
+            }
+        )
+        for delta in deltas
+    ]
+    monkeypatch.setattr(openai.resources.chat.Completions, "create", lambda *_, **__: chunks)
+    exec(block("stream=True")[1], {})
+    assert capsys.readouterr().out == "0.11 is less.9.9 is larger.\n"
 
 
 def test_chat_by_curl(replay_server: Server):
