@@ -38,7 +38,7 @@ def batch(num_tokens: int, generator: torch.Generator) -> tuple:
     )
 
 
-@pytest.mark.parametrize("num_tokens", [1, 63, 64, 65, 128, 150, 300])
+@pytest.mark.parametrize("num_tokens", [1, 5, 63, 64, 65, 128, 129, 150, 300])
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_all_ranks_have_what_one_would_have_alone(generator, size, num_tokens):
     arguments = batch(num_tokens, generator)
@@ -63,14 +63,19 @@ def check(part: torch.Tensor, expected: torch.Tensor) -> None:
     assert torch.equal(part, expected)
 
 
-def test_parts_are_disjoint_and_alike_in_work():
-    num_tokens, size = 8192, 8
-    rows = [
+@pytest.mark.parametrize(
+    ("num_tokens", "num_before", "most"),
+    [(n, 160_000, 1.03) for n in (410, 512, 513, 576, 1000)] + [(8192, 0, 1.15)],
+)
+def test_parts_are_disjoint_and_alike_in_work(num_tokens, num_before, most):
+    size = 8
+    shares = [
         SelectionShare(rank, size, torch.clone, 0).rows(num_tokens, torch.device("cpu")) for rank in range(size)
     ]
-    assert torch.equal(torch.cat(rows).sort().values, torch.arange(num_tokens))
-    work = torch.stack(rows).double().sum(1)
-    assert work.max() / work.min() < 1.15
+    tokens = [rows[exist] for rows, exist in shares]
+    assert torch.equal(torch.cat(tokens).sort().values, torch.arange(num_tokens))
+    work = torch.stack([(num_before + rows).double().sum() for rows in tokens])
+    assert work.max() / work.mean() < most
 
 
 @pytest.mark.parametrize(

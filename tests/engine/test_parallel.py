@@ -28,8 +28,11 @@ def test_tensor_parallel(plain):
     assert generated(tensor_parallel_size=2) == plain
 
 
-def test_ranks_that_share_the_selection(plain):
+def test_ranks_that_share_the_selection(plain, monkeypatch, capfd):
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # so that the workers read it
     assert generated(tensor_parallel_size=2, additional_config=SHARED) == plain
+    assert "share the selection of long prefills: 2 ranks" in capfd.readouterr().out
 
 
 def test_pipeline_parallel(plain, monkeypatch):

@@ -11,16 +11,20 @@ strip are neighbours, which share the keys that they are scored against.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
+from vllm.logger import init_logger
 
 from vllm_dsv32.kernels.dispatch import KernelSet
 from vllm_dsv32.kernels.selection import select
 
 __all__ = ["SelectionShare", "select_shared"]
 
-_STRIP = 64
-"""Tokens."""
+logger = init_logger("vllm.plugins.dsv32")
+
+_MAX_STRIP = 64
+"""Tokens. Fewer where there are not so many for each rank."""
 
 
 @dataclass(frozen=True)
@@ -37,28 +41,43 @@ class SelectionShare:
 
     def takes(self, num_tokens: int, max_query_len: int, max_num_keys: int) -> bool:
         """Whether a batch's selection is shared, which every rank has to answer alike; decoding is never."""
-        if self.size == 1 or self.worth_from is None or max_query_len < _STRIP:
+        if self.size == 1 or self.worth_from is None or max_query_len < _MAX_STRIP:
             return False
         return num_tokens * max_num_keys >= self.worth_from
 
-    def rows(self, num_tokens: int, device: torch.device) -> torch.Tensor:
-        """int64 ``[n]``: the tokens of this rank, ascending; n is the same on each.
+    def rows(self, num_tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens of this rank, int64 ``[n]``, ascending, and which of them exist, bool ``[n]``.
 
-        What the last round lacks is made up by the last token, again.
+        n is the same on every rank: what the last round lacks is made up by the last token, which then does not
+        exist.
         """
-        num_rounds = -(-num_tokens // (_STRIP * self.size))
-        dealt = torch.arange(num_rounds * self.size * _STRIP, device=device).view(num_rounds, self.size, _STRIP)
-        return dealt[:, self.rank].reshape(-1).clamp(max=num_tokens - 1)
+        return _rows(self.rank, self.size, num_tokens, device)
 
     def collect(self, part: torch.Tensor, whole: torch.Tensor) -> None:
         """Write the results of every rank's :meth:`rows` to where their tokens are in ``whole``."""
         num_tokens, k = whole.shape
-        dealt = self.gather(part).view(self.size, -1, _STRIP, k).transpose(0, 1)
-        num_whole_rounds = num_tokens // (_STRIP * self.size)
-        end = num_whole_rounds * self.size * _STRIP
-        whole[:end].view(num_whole_rounds, self.size, _STRIP, k).copy_(dealt[:num_whole_rounds])
+        strip = _strip(num_tokens, self.size)
+        dealt = self.gather(part).view(self.size, -1, strip, k).transpose(0, 1)
+        num_whole_rounds = num_tokens // (strip * self.size)
+        end = num_whole_rounds * self.size * strip
+        whole[:end].view(num_whole_rounds, self.size, strip, k).copy_(dealt[:num_whole_rounds])
         if end < num_tokens:
             whole[end:].copy_(dealt[-1].reshape(-1, k)[: num_tokens - end])
+
+
+def _strip(num_tokens: int, size: int) -> int:
+    """Tokens of a strip: as many as fit whole rounds of at most ``_MAX_STRIP`` with the fewest left over."""
+    num_rounds = -(-num_tokens // (_MAX_STRIP * size))
+    return -(-num_tokens // (num_rounds * size))
+
+
+@lru_cache(maxsize=4)  # every layer of a step asks the same
+def _rows(rank: int, size: int, num_tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    strip = _strip(num_tokens, size)
+    num_rounds = -(-num_tokens // (strip * size))
+    dealt = torch.arange(num_rounds * size * strip, device=device).view(num_rounds, size, strip)
+    mine = dealt[:, rank].reshape(-1)
+    return mine.clamp(max=num_tokens - 1), mine < num_tokens
 
 
 def select_shared(
@@ -75,7 +94,8 @@ def select_shared(
     topk_pos: torch.Tensor,
 ) -> None:
     """See :func:`vllm_dsv32.kernels.selection.select`; called on every rank of the group, with the same batch."""
-    rows = share.rows(len(topk_pos), topk_pos.device)
+    logger.info_once("Tensor-parallel ranks share the selection of long prefills: %d ranks", share.size)
+    rows, exist = share.rows(len(topk_pos), topk_pos.device)
     part = topk_pos.new_empty((len(rows), topk_pos.shape[1]))
     select(
         kernels,
@@ -84,8 +104,8 @@ def select_shared(
         cache,
         block_table,
         request_ids[rows],
-        num_keys[rows],
-        num_scored[rows],
+        num_keys[rows] * exist,
+        num_scored[rows] * exist,
         max_num_keys,
         part,
     )
