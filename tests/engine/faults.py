@@ -5,41 +5,39 @@ Each function gives arguments for ``harness.kernels_replaced``.
 
 import torch
 
+from vllm_dsv32.kernels import index_insert
 from vllm_dsv32.kernels.latent_insert import rms_norm
-from vllm_dsv32.kernels.rope import RopeLayout, rope_interleaved
+from vllm_dsv32.kernels.rope import RopeLayout
 from vllm_dsv32.layout import index_key_views, latent_fp8_views
 
 # Pairs (i, i + 32) as neighbours: rotating interleaved after this reordering rotates halves.
 HALVES_AS_PAIRS = torch.arange(64).reshape(2, 32).T.flatten()
 
 
+def places(keys):
+    """Block and offset of each token in its cache."""
+    block_size = keys.cache.shape[1]
+    return keys.slots // block_size, keys.slots % block_size
+
+
 def index_rope_interleaved():
-    def insert(original):
-        def sabotaged(index_k, weight, bias, eps, positions, table, _layout, slots, cache):
-            original(index_k, weight, bias, eps, positions, table, RopeLayout.INTERLEAVED, slots, cache)
+    def prepare(original):
+        return lambda positions, table, _layout, *parts: original(positions, table, RopeLayout.INTERLEAVED, *parts)
 
-        return sabotaged
-
-    def query(original):
-        return lambda q, weights, positions, table, _layout: original(
-            q, weights, positions, table, RopeLayout.INTERLEAVED
-        )
-
-    return {"index_insert": insert, "index_query": query}
+    return {"keys_and_queries": prepare}
 
 
 def mla_rope_as_halves():
-    def insert(original):
-        return lambda kv_c, k_pe, *rest: original(kv_c, k_pe[:, HALVES_AS_PAIRS], *rest)
-
-    def query(original):
-        def sabotaged(q, w_uk_t, positions, table):
-            nope, rope = q.split([w_uk_t.shape[1], 64], dim=-1)
-            return original(torch.cat((nope, rope[..., HALVES_AS_PAIRS]), dim=-1), w_uk_t, positions, table)
+    def prepare(original):
+        def sabotaged(positions, table, layout, latents, index_keys, index_queries, mla_queries):
+            latents = latents._replace(k_pe=latents.k_pe[:, HALVES_AS_PAIRS])
+            nope, rope = mla_queries.q.split([mla_queries.w_uk_t.shape[1], 64], dim=-1)
+            mla_queries = mla_queries._replace(q=torch.cat((nope, rope[..., HALVES_AS_PAIRS]), dim=-1))
+            return original(positions, table, layout, latents, index_keys, index_queries, mla_queries)
 
         return sabotaged
 
-    return {"latent_insert": insert, "mla_query": query}
+    return {"keys_and_queries": prepare}
 
 
 def relu_after_the_sum():
@@ -58,10 +56,14 @@ def relu_after_the_sum():
 
 
 def k_norm_without_bias():
-    def insert(original):
-        return lambda index_k, weight, bias, *rest: original(index_k, weight, torch.zeros_like(bias), *rest)
+    def prepare(original):
+        def sabotaged(positions, table, layout, latents, index_keys, *queries):
+            index_keys = index_keys._replace(norm_bias=torch.zeros_like(index_keys.norm_bias))
+            return original(positions, table, layout, latents, index_keys, *queries)
 
-    return {"index_insert": insert}
+        return sabotaged
+
+    return {"keys_and_queries": prepare}
 
 
 def topk_off_by_one():
@@ -78,30 +80,33 @@ def topk_off_by_one():
 
 
 def latent_scale_per_row():
-    def insert(_original):
-        def sabotaged(kv_c, k_pe, weight, eps, positions, table, slots, cache):
-            latent = rms_norm(kv_c, weight, eps)
+    def prepare(original):
+        def sabotaged(positions, table, layout, latents, *others):
+            queries = original(positions, table, layout, latents, *others)
+            latent = rms_norm(latents.kv_c, latents.norm_weight, latents.norm_eps)
             scale = latent.abs().amax(dim=-1, keepdim=True) / 448
-            views, at = latent_fp8_views(cache), (slots // cache.shape[1], slots % cache.shape[1])
+            views, at = latent_fp8_views(latents.cache), places(latents)
             views.nope_fp8.view(torch.uint8)[at] = (latent / scale).to(torch.float8_e4m3fn).view(torch.uint8)
             views.nope_scale[at] = scale.expand(-1, 4)
-            views.rope[at] = rope_interleaved(k_pe, table[positions]).bfloat16()
+            return queries
 
         return sabotaged
 
-    return {"latent_insert": insert}
+    return {"keys_and_queries": prepare}
 
 
 def index_rotates_only_q():
-    def insert(original):
-        def sabotaged(index_k, weight, bias, eps, positions, table, *rest):
+    def prepare(original):
+        def sabotaged(positions, table, layout, latents, index_keys, *queries):
+            queries = original(positions, table, layout, latents, index_keys, *queries)
             still = torch.zeros_like(table)
             still[:, : table.shape[1] // 2] = 1
-            original(index_k, weight, bias, eps, positions, still, *rest)
+            index_insert.reference(index_keys, positions, still, layout)
+            return queries
 
         return sabotaged
 
-    return {"index_insert": insert}
+    return {"keys_and_queries": prepare}
 
 
 def random_selection():
@@ -131,14 +136,15 @@ def stale_topk_buffer():
 def index_scale_in_nominal_row():
     """Written where the cache's nominal shape suggests it, behind each key; a page has all of them at its end."""
 
-    def insert(original):
-        def sabotaged(index_k, weight, bias, eps, positions, table, layout, slots, cache):
-            original(index_k, weight, bias, eps, positions, table, layout, slots, cache)
-            views, at = index_key_views(cache), (slots // cache.shape[1], slots % cache.shape[1])
+    def prepare(original):
+        def sabotaged(positions, table, layout, latents, index_keys, *queries):
+            queries = original(positions, table, layout, latents, index_keys, *queries)
+            views, at = index_key_views(index_keys.cache), places(index_keys)
             scale = views.key_scale[at].clone()
             views.key_scale[at] = 0
-            cache[(*at, slice(128, 132))] = scale.unsqueeze(-1).view(torch.uint8)
+            index_keys.cache[(*at, slice(128, 132))] = scale.unsqueeze(-1).view(torch.uint8)
+            return queries
 
         return sabotaged
 
-    return {"index_insert": insert}
+    return {"keys_and_queries": prepare}

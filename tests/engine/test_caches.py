@@ -5,6 +5,7 @@ import torch
 
 from engine.checkpoints import TOPK, checkpoint, prompts
 from engine.comparison import kl_divergence
+from engine.faults import places
 from engine.harness import complete, engine, kernels_replaced
 
 # Between what quantising the latent does (6e-5 here) and what a damaged cache does (0.5 and more).
@@ -18,26 +19,30 @@ def run(llm) -> torch.Tensor:
 def one_byte_shifted(original):
     """Rows that begin a byte late, as a wrong offset of the scales would make them."""
 
-    def sabotaged(*arguments):
-        *_, slots, cache = arguments
-        original(*arguments)
-        at = (slots // cache.shape[1], slots % cache.shape[1])
-        cache[at] = cache[at].roll(1, dims=-1)
+    def sabotaged(positions, table, layout, latents, *others):
+        queries = original(positions, table, layout, latents, *others)
+        at = places(latents)
+        latents.cache[at] = latents.cache[at].roll(1, dims=-1)
+        return queries
 
     return sabotaged
 
 
 def scales_forgotten(original):
-    def sabotaged(*arguments):
-        *_, slots, cache = arguments
-        original(*arguments)
-        cache[slots // cache.shape[1], slots % cache.shape[1], 512:528] = torch.ones(4).view(torch.uint8)
+    def sabotaged(positions, table, layout, latents, *others):
+        queries = original(positions, table, layout, latents, *others)
+        latents.cache[(*places(latents), slice(512, 528))] = torch.ones(4).view(torch.uint8)
+        return queries
 
     return sabotaged
 
 
-def not_written(_original):
-    return lambda *_: None
+def not_written(original):
+    def sabotaged(positions, table, layout, latents, *others):
+        nowhere = latents._replace(slots=torch.full_like(latents.slots, -1))
+        return original(positions, table, layout, nowhere, *others)
+
+    return sabotaged
 
 
 def plain_logits(path) -> torch.Tensor:
@@ -61,7 +66,7 @@ def test_a_damaged_cache_is_seen():
     plain = plain_logits(path)
     with engine(path, kv_cache_dtype="fp8", enforce_eager=True) as llm:
         for damage in (one_byte_shifted, scales_forgotten, not_written):
-            with kernels_replaced(llm, latent_insert=damage):
+            with kernels_replaced(llm, keys_and_queries=damage):
                 damaged = kl_divergence(plain, run(llm).nan_to_num()).mean().item()
             print(f"{damage.__name__}: mean KL {damaged:.1e}")
             assert damaged > 10 * MARK, damage.__name__

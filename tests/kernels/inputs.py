@@ -34,15 +34,16 @@ INTERPRETED = ("triton", "torch")
 """Names of CUDA implementations that run without a GPU, slowly: as Python under Triton's interpreter."""
 
 
-def implementations(operation: str, **known: Any):
+def implementations(operation: str, adapt: Callable[[Callable], Callable] = lambda kernel: kernel, **known: Any):
     """A parameter set: the implementations of an operation that run on this machine, on tensors of the CPU.
 
-    Those that take PROBLEM with what is known of the test's inputs, such as their dtype.
+    Those that take PROBLEM with what is known of the test's inputs, such as their dtype; adapted, if a test calls
+    them with other arguments.
     """
     problem = replace(PROBLEM, **known)
     rows = [kernel for kernel in KERNELS if kernel.operation == operation and runs_here(kernel, problem)]
     return pytest.mark.parametrize(
-        "kernel", [on_device(row.load()) for row in rows], ids=[row.name for row in rows]
+        "kernel", [adapt(on_device(row.load())) for row in rows], ids=[row.name for row in rows]
     )
 
 
@@ -62,16 +63,30 @@ def on_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
         return kernel
 
     def call(*args: Any) -> Any:
-        moved = [cuda_copy(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
+        moved = moved_to_gpu(args)
         result = kernel(*moved)
-        for arg, copy in zip(args, moved, strict=True):
-            if isinstance(arg, torch.Tensor):
-                arg.untyped_storage().copy_(copy.untyped_storage())
+        copy_back(moved, args)
         if isinstance(result, tuple):
             return tuple(part.cpu() for part in result)
         return result if result is None else result.cpu()
 
     return call
+
+
+def moved_to_gpu(arg: Any) -> Any:
+    """A tensor's copy, or a tuple's, whose parts may be tuples; anything else itself."""
+    if isinstance(arg, tuple):
+        parts = map(moved_to_gpu, arg)
+        return type(arg)(*parts) if hasattr(arg, "_fields") else tuple(parts)
+    return cuda_copy(arg) if isinstance(arg, torch.Tensor) else arg
+
+
+def copy_back(moved: Any, arg: Any) -> None:
+    if isinstance(arg, tuple):
+        for part, original in zip(moved, arg, strict=True):
+            copy_back(part, original)
+    elif isinstance(arg, torch.Tensor):
+        arg.untyped_storage().copy_(moved.untyped_storage())
 
 
 def cuda_copy(x: torch.Tensor) -> torch.Tensor:

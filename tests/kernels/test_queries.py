@@ -1,21 +1,24 @@
-"""mla_query, index_query and mla_output."""
+"""The queries of attention and of the indexer, and mla_output."""
 
 import pytest
 import torch
 
 from kernels import naive
 from kernels.inputs import close, cos_sin_cache, implementations
+from kernels.parts import implementations_of_part
 from vllm_dsv32.kernels import index_query, mla_query
+from vllm_dsv32.kernels.index_query import IndexQueries
+from vllm_dsv32.kernels.mla_query import MlaQueries
 from vllm_dsv32.kernels.rope import RopeLayout
 
 
 @pytest.mark.parametrize(("tokens", "heads", "nope"), [(0, 4, 128), (1, 1, 128), (7, 5, 128), (3, 2, 192)])
-@implementations("mla_query")
+@implementations_of_part(MlaQueries)
 def test_mla_query(kernel, generator, tokens, heads, nope):
     q = torch.randn(tokens, heads, nope + 64, generator=generator)
     w_uk_t = torch.randn(heads, nope, 512, generator=generator) * nope**-0.5
     positions, table = torch.arange(tokens) * 11, cos_sin_cache()
-    got = kernel(q, w_uk_t, positions, table)
+    got = kernel(MlaQueries(q, w_uk_t), positions, table)
     assert got.shape == (tokens, heads, 576)
     assert got.dtype == q.dtype
     expected = torch.zeros(tokens, heads, 576, dtype=torch.float64)
@@ -29,12 +32,12 @@ def test_mla_query(kernel, generator, tokens, heads, nope):
 
 @pytest.mark.parametrize("layout", RopeLayout)
 @pytest.mark.parametrize(("tokens", "heads"), [(0, 4), (1, 1), (5, 6)])
-@implementations("index_query")
+@implementations_of_part(IndexQueries)
 def test_index_query(kernel, generator, tokens, heads, layout):
     index_q = torch.randn(tokens, heads, 128, generator=generator).bfloat16()
     head_weights = torch.randn(tokens, heads, generator=generator)
     positions, table = torch.arange(tokens) * 11, cos_sin_cache()
-    q_fp8, weights = kernel(index_q, head_weights, positions, table, layout)
+    q_fp8, weights = kernel(IndexQueries(index_q, head_weights), positions, table, layout)
     assert (q_fp8.shape, q_fp8.dtype) == ((tokens, heads, 128), torch.float8_e4m3fn)
     assert (weights.shape, weights.dtype) == ((tokens, heads), torch.float32)
     for t in range(tokens):
@@ -75,7 +78,7 @@ NUM_ROWS = [(1, 64), (1, 128), (3, 5), (4, 4), (17, 1), (11, 3), (2, 16)]
 
 @pytest.mark.parametrize("layout", RopeLayout)
 @pytest.mark.parametrize(("tokens", "heads"), NUM_ROWS)
-@implementations("index_query")
+@implementations_of_part(IndexQueries)
 def test_index_query_is_the_references_to_the_bit(kernel, generator, tokens, heads, layout):
     # Rows of magnitudes from far below the quantisation's floor to far above 448.
     magnitudes = torch.exp(4 * torch.randn(tokens, heads + 2, 1, generator=generator))
@@ -83,35 +86,38 @@ def test_index_query_is_the_references_to_the_bit(kernel, generator, tokens, hea
     index_q[0, 0] = 0.0
     head_weights = torch.randn(tokens, heads + 3, generator=generator)[:, :heads]
     positions = torch.randint(0, 300, (tokens,), generator=generator)
-    q_fp8, weights = kernel(index_q, head_weights, positions, cos_sin_cache(), layout)
-    wanted_fp8, wanted_weights = index_query.reference(index_q, head_weights, positions, cos_sin_cache(), layout)
+    index_queries = IndexQueries(index_q, head_weights)
+    q_fp8, weights = kernel(index_queries, positions, cos_sin_cache(), layout)
+    wanted_fp8, wanted_weights = index_query.reference(index_queries, positions, cos_sin_cache(), layout)
     assert torch.equal(q_fp8.view(torch.uint8), wanted_fp8.view(torch.uint8))
     assert torch.equal(weights, wanted_weights)
 
 
 @pytest.mark.parametrize("dim", [0, 40, 100])
-@implementations("index_query")
+@implementations_of_part(IndexQueries)
 def test_an_index_query_that_is_nan_spoils_its_scores_and_no_others(kernel, generator, dim):
     index_q = torch.randn(1, 3, 128, generator=generator)
     index_q[0, 1, dim] = torch.nan
-    q_fp8, weights = kernel(index_q, torch.ones(1, 3), torch.tensor([0]), cos_sin_cache(), RopeLayout.NEOX)
+    index_queries = IndexQueries(index_q, torch.ones(1, 3))
+    q_fp8, weights = kernel(index_queries, torch.tensor([0]), cos_sin_cache(), RopeLayout.NEOX)
     scores = q_fp8.float().sum(-1) * weights
     assert scores.isnan().tolist() == [[False, True, False]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "heads"), NUM_ROWS)
-@implementations("mla_query")
+@implementations_of_part(MlaQueries)
 def test_mla_query_is_the_references(kernel, generator, tokens, heads, dtype):
     q = torch.randn(tokens, heads + 1, 192, generator=generator).to(dtype)[:, 1:]
     w_uk_t = (torch.randn(heads, 128, 512, generator=generator) * 128**-0.5).to(dtype)
     positions = torch.randint(0, 300, (tokens,), generator=generator)
-    got = kernel(q, w_uk_t, positions, cos_sin_cache())
-    wanted = mla_query.reference(q, w_uk_t, positions, cos_sin_cache())
+    mla_queries = MlaQueries(q, w_uk_t)
+    got = kernel(mla_queries, positions, cos_sin_cache())
+    wanted = mla_query.reference(mla_queries, positions, cos_sin_cache())
     assert torch.equal(got[..., 512:], wanted[..., 512:])
     rtol, atol = (1e-5, 1e-5) if dtype == torch.float32 else (2**-7, 1e-3)
     close(got[..., :512], wanted[..., :512], rtol=rtol, atol=atol)
-    assert torch.equal(got, kernel(q, w_uk_t, positions, cos_sin_cache()))
+    assert torch.equal(got, kernel(mla_queries, positions, cos_sin_cache()))
 
 
 @implementations("mla_output")

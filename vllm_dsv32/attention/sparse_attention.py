@@ -16,6 +16,10 @@ from vllm_dsv32.attention.shared_selection import SelectionShare, select_shared
 from vllm_dsv32.compat import keep_plain_weight
 from vllm_dsv32.config import ModelDims, kernel_overrides, kernel_problem, shared_selection_from
 from vllm_dsv32.kernels.dispatch import select_kernels
+from vllm_dsv32.kernels.index_insert import IndexKeys
+from vllm_dsv32.kernels.index_query import IndexQueries
+from vllm_dsv32.kernels.latent_insert import Latents
+from vllm_dsv32.kernels.mla_query import MlaQueries
 from vllm_dsv32.kernels.selection import select
 from vllm_dsv32.kernels.warmup import warm_up
 
@@ -151,34 +155,28 @@ class SparseAttention(LatentCache):
         output[num_tokens:].zero_()
         if num_tokens == 0:
             return
-        positions = positions[:num_tokens]
-        self.kernels.latent_insert(
-            kv_c[:num_tokens],
-            k_pe[:num_tokens],
-            self.kv_norm.weight,
-            self.kv_norm.variance_epsilon,
-            positions,
-            cos_sin_cache,
-            metadata.slots,
-            self.kv_cache,
-        )
-        self.kernels.index_insert(
-            index_k[:num_tokens],
-            self.index_k_norm.weight,
-            self.index_k_norm.bias,
-            self.index_k_norm.eps,
-            positions,
+        mla_q, q_fp8, weights = self.kernels.keys_and_queries(
+            positions[:num_tokens],
             cos_sin_cache,
             self.dims.index_rope_layout,
-            index_metadata.slots,
-            self.index_keys.kv_cache,
-        )
-        q_fp8, weights = self.kernels.index_query(
-            index_q[:num_tokens],
-            head_weights[:num_tokens],
-            positions,
-            cos_sin_cache,
-            self.dims.index_rope_layout,
+            Latents(
+                kv_c[:num_tokens],
+                k_pe[:num_tokens],
+                self.kv_norm.weight,
+                self.kv_norm.variance_epsilon,
+                metadata.slots,
+                self.kv_cache,
+            ),
+            IndexKeys(
+                index_k[:num_tokens],
+                self.index_k_norm.weight,
+                self.index_k_norm.bias,
+                self.index_k_norm.eps,
+                index_metadata.slots,
+                self.index_keys.kv_cache,
+            ),
+            IndexQueries(index_q[:num_tokens], head_weights[:num_tokens]),
+            MlaQueries(q[:num_tokens], self.get_buffer("w_uk_t")),
         )
         topk_pos = self.topk_indices_buffer[:num_tokens]
         shared = self._share.takes(num_tokens, metadata.max_query_len, metadata.max_num_keys)
@@ -198,6 +196,5 @@ class SparseAttention(LatentCache):
         topk_slot, num_valid = self.kernels.topk_slots(
             topk_pos, metadata.request_ids, metadata.block_table, self.kv_cache.shape[1]
         )
-        mla_q = self.kernels.mla_query(q[:num_tokens], self.get_buffer("w_uk_t"), positions, cos_sin_cache)
         latent, _ = self.kernels.sparse_mla(mla_q, self.kv_cache, topk_slot, num_valid, self.dims.softmax_scale)
         self.kernels.mla_output(latent, self.get_buffer("w_uv"), output[:num_tokens])

@@ -71,10 +71,7 @@ class KernelSet:
     """The chosen implementation of each operation; see the module of that name for its contract."""
 
     token_keys: Callable[..., None]
-    latent_insert: Callable[..., None]
-    index_insert: Callable[..., None]
-    mla_query: Callable[..., torch.Tensor]
-    index_query: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    keys_and_queries: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     index_logits: Callable[..., torch.Tensor]
     topk_select: Callable[..., None]
     topk_slots: Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -209,10 +206,7 @@ def _vendor(operation: str, name: str, refuse: Callable[[Problem], Refusal]) -> 
 
 KERNELS: list[Kernel] = [
     _triton("token_keys"),
-    _triton("latent_insert"),
-    _triton("index_insert"),
-    _triton("mla_query"),
-    _triton("index_query"),
+    _triton("keys_and_queries"),
     _triton("index_logits"),
     _triton("topk_select"),
     _triton("topk_slots"),

@@ -1,19 +1,29 @@
-"""Operation ``index_query``: RoPE and quantisation of the index query, its scale folded into the weights."""
+"""RoPE and quantisation of the index queries, their scales folded into the weights of the heads.
+
+A part of the operation :mod:`vllm_dsv32.kernels.keys_and_queries`.
+"""
+
+from typing import NamedTuple
 
 import torch
 
 from vllm_dsv32.kernels.fp8 import quantise_ue8m0
 from vllm_dsv32.kernels.rope import RopeLayout, rotate
 
-__all__ = ["reference"]
+__all__ = ["IndexQueries", "reference"]
+
+
+class IndexQueries(NamedTuple):
+    """The index queries of tokens."""
+
+    index_q: torch.Tensor
+    """``[T, H, D]``; the **first** ``d`` of the D dimensions are rotary."""
+    head_weights: torch.Tensor
+    """float32 ``[T, H]``, the output of ``weights_proj``."""
 
 
 def reference(
-    index_q: torch.Tensor,
-    head_weights: torch.Tensor,
-    positions: torch.Tensor,
-    cos_sin_cache: torch.Tensor,
-    rope_layout: RopeLayout,
+    index_queries: IndexQueries, positions: torch.Tensor, cos_sin_cache: torch.Tensor, rope_layout: RopeLayout
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise ``rope(index_q)`` per row, and fold everything constant per head into its weight.
 
@@ -21,8 +31,7 @@ def reference(
     row's scale is positive, so it moves out of the ReLU into ``w``.
 
     Args:
-        index_q: ``[T, H, D]``; the **first** ``d`` of the D dimensions are rotary.
-        head_weights: float32 ``[T, H]``, the output of ``weights_proj``.
+        index_queries: of the tokens.
         positions: int64 ``[T]``.
         cos_sin_cache: float32 ``[max_position, d]``, cosines then sines.
         rope_layout: NeoX halves for DeepSeek-V3.2.
@@ -30,6 +39,7 @@ def reference(
     Returns:
         ``q_fp8``, float8_e4m3fn ``[T, H, D]``, and ``weights``, float32 ``[T, H]``.
     """
+    index_q, head_weights = index_queries
     num_heads, head_dim = index_q.shape[1:]
     rope_dim = cos_sin_cache.shape[-1]
     rotated = rotate(index_q[..., :rope_dim], cos_sin_cache[positions], rope_layout)

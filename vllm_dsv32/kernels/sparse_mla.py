@@ -20,7 +20,7 @@ def reference(
     """``softmax(scale * q . row) . row[:512]`` over the first ``num_valid`` slots of each token.
 
     Args:
-        q: ``[T, N, 576]``, the output of ``mla_query``.
+        q: ``[T, N, 576]``, ``mla_q`` of ``keys_and_queries``.
         cache: the latent cache, in a layout of :mod:`vllm_dsv32.layout`.
         topk_slot: int32 ``[T, K]``; slots past ``num_valid`` are not read.
         num_valid: int32 ``[T]``, 0 to K.
