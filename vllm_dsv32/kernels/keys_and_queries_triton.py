@@ -1,7 +1,7 @@
 """Operation ``keys_and_queries`` in Triton: the absorbed product by cuBLAS, and one launch for all else.
 
 While decoding each part is less work than its launch, so the parts share one: each program takes a share of one
-part, and the programs of a part follow those of the one before. Keys come first, as they take longest.
+part, and the programs of a part follow those of the one before. Keys come first: their programs do most.
 """
 
 import itertools
