@@ -11,6 +11,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_maybe_dequant_weights
 
 from vllm_dsv32.attention.caches import IndexKeyCache, LatentCache
+from vllm_dsv32.attention.derived_weights import set_buffer
 from vllm_dsv32.attention.metadata import DsaMetadata
 from vllm_dsv32.attention.shared_selection import SelectionShare, select_shared
 from vllm_dsv32.compat import keep_plain_weight
@@ -106,16 +107,9 @@ class SparseAttention(LatentCache):
         weight = get_and_maybe_dequant_weights(self.kv_b_proj, out_dtype=act_dtype)
         per_head = weight.view(self.num_heads, dims.nope_dim + dims.v_dim, dims.kv_lora_rank)
         w_uk_t, w_uv_t = per_head.split([dims.nope_dim, dims.v_dim], dim=1)
-        self._set_buffer("w_uk_t", w_uk_t.contiguous())
-        self._set_buffer("w_uv", w_uv_t.transpose(1, 2).contiguous())
+        set_buffer(self, "w_uk_t", w_uk_t.contiguous())
+        set_buffer(self, "w_uv", w_uv_t.transpose(1, 2).contiguous())
         self._warm_up()
-
-    def _set_buffer(self, name: str, value: torch.Tensor) -> None:
-        """In place on a reload, so that captured graphs keep reading the right memory."""
-        if name in self._buffers:
-            self.get_buffer(name).copy_(value)
-        else:
-            self.register_buffer(name, value, persistent=False)
 
     @eager_break_during_capture
     def forward(
@@ -141,7 +135,7 @@ class SparseAttention(LatentCache):
             kv_c: ``[T', rank]``, not normalised.
             k_pe: ``[T', rope]``, not rotated.
             index_q: ``[T', H, D]``, not rotated.
-            index_k: ``[T', D]``, not normalised.
+            index_k: float32 ``[T', D]``, not normalised.
             head_weights: float32 ``[T', H]``.
             output: ``[T', N * v]``, overwritten; zeros in a dummy run and for padding.
         """

@@ -11,8 +11,10 @@ from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
+from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_maybe_dequant_weights
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
+from vllm_dsv32.attention.derived_weights import set_buffer
 from vllm_dsv32.attention.sparse_attention import SparseAttention
 from vllm_dsv32.compat import keep_plain_weight
 from vllm_dsv32.config import ModelDims
@@ -42,11 +44,18 @@ class Indexer(torch.nn.Module):
         self.wk = ReplicatedLinear(
             dims.hidden_size, self.head_dim, bias=False, quant_config=quant_config, prefix=f"{prefix}.wk"
         )
+        keep_plain_weight(self.wk)
         self.k_norm = torch.nn.LayerNorm(self.head_dim, eps=_INDEX_NORM_EPS, dtype=torch.float32)
         self.weights_proj = ReplicatedLinear(
             dims.hidden_size, self.num_heads, bias=False, prefix=f"{prefix}.weights_proj"
         )
         keep_plain_weight(self.weights_proj)
+
+    def process_weights_after_loading(self) -> None:
+        """Join ``wk`` and ``weights_proj`` into ``wk_weights_proj`` ``[D + H, hidden]``: one product for both."""
+        head_weights = self.weights_proj.weight
+        key = get_and_maybe_dequant_weights(self.wk, out_dtype=head_weights.dtype)
+        set_buffer(self, "wk_weights_proj", torch.cat((key, head_weights)))
 
     def forward(
         self, hidden_states: torch.Tensor, q_c: torch.Tensor
@@ -58,14 +67,15 @@ class Indexer(torch.nn.Module):
             q_c: ``[T, q_lora_rank]``, normalised.
 
         Returns:
-            ``index_q`` ``[T, H, D]``, ``index_k`` ``[T, D]`` and ``head_weights`` float32 ``[T, H]``.
+            ``index_q`` ``[T, H, D]``, and in float32 ``index_k`` ``[T, D]`` and ``head_weights`` ``[T, H]``.
         """
         index_q = self.wq_b(q_c)[0].view(-1, self.num_heads, self.head_dim)
-        return index_q, self.wk(hidden_states)[0], self._head_weights(hidden_states)
+        index_k, head_weights = self._keys_and_weights(hidden_states).split([self.head_dim, self.num_heads], dim=-1)
+        return index_q, index_k, head_weights
 
-    def _head_weights(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """In float32, as in DeepSeek's own code: in bfloat16 it flips selections that are nearly tied."""
-        weight = self.weights_proj.weight
+    def _keys_and_weights(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """In float32, as in DeepSeek's own code: weights in bfloat16 flip selections that are nearly tied."""
+        weight = self.get_buffer("wk_weights_proj")
         if hidden_states.is_cuda and hidden_states.dtype == torch.bfloat16:
             # Products of bfloat16 are exact in the float32 that tensor cores add them up in.
             return torch.mm(hidden_states, weight.t(), out_dtype=torch.float32)
