@@ -246,7 +246,7 @@ def compilations(capability: tuple[int, int]) -> Iterator[Compilation]:
                 "kv_c_stride": "i32",
                 "k_pe_stride": "i32",
                 "latent_page_stride": "i32",
-                "index_k_ptr": "*bf16",
+                "index_k_ptr": "*fp32",
                 "index_norm_weight_ptr": "*fp32",
                 "index_norm_bias_ptr": "*fp32",
                 "index_norm_eps": "fp32",
