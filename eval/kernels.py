@@ -10,6 +10,8 @@ graph, and the contestants replay in turn. A ratio is the best peer's time over 
 
 Before a problem is timed, the sides' results are compared, and ours with the plain torch reference; a kernel that
 is wrong takes the row's ratio away, and the exit status is 1. Selections are right if they are the highest values.
+Both sides go from index keys to the cache slots of what they select; vLLM's top-k writes positions, and its remap,
+a launch of its own, turns them into slots.
 
 In the peers' favour: FlashMLA gets queries that are padded from 16 to 64 heads already, schedules that vLLM makes
 once a step are made beforehand, and DeepGEMM's keys for prefill are gathered beforehand. Ours includes all it does.
@@ -72,14 +74,14 @@ LINES = {
         [(16, 64 * K)],
     ),
     "index-decode": Line(
-        "index logits and top-k, decode; peers: DeepGEMM and the best of vLLM's top-k kernels",
+        "index logits, top-k and its slots, decode; peers: DeepGEMM, the best of vLLM's top-k kernels, its remap",
         Goal(0.8),
         measurements.index_decode,
         list(product((1, 4, 16, 64, 128), (4 * K, 32 * K, 128 * K))),
         [(1, 32 * K), (64, 32 * K)],
     ),
     "index-prefill": Line(
-        "index logits and top-k, prefill, 4096 queries; peers: DeepGEMM and vLLM's top-k",
+        "index logits, top-k and its slots, prefill, 4096 queries; peers: DeepGEMM, vLLM's top-k and its remap",
         Goal(0.6),
         measurements.index_prefill,
         [(8 * K,), (32 * K,), (128 * K,)],

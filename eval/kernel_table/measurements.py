@@ -157,7 +157,7 @@ def _compare_with_reference(row: Row, name: str, x: SparseProblem, cache: torch.
     _judge(row, f"{name} vs reference", relative_difference(out[rows], wanted))
 
 
-# The indexer: logits and top-k.
+# The indexer: logits, top-k, and the slots of what was selected.
 
 
 def index_decode(batch: int, length: int) -> Row:
@@ -183,6 +183,9 @@ def index_prefill(length: int) -> Row:
 
 
 TopkOp = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""Of a peer: writes the positions of the highest logits."""
+TopkSelect = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, torch.Tensor], None]
+"""The operation ``topk_select``: writes slots."""
 
 
 def _index(
@@ -237,7 +240,7 @@ def _enter(
 ) -> None:
     """Let a peer's top-k compete if it is right on our logits."""
     try:
-        wrong = _num_wrong_selections(op, logits, num_keys)
+        wrong = _num_wrong_selections(_then_slots(op), logits, num_keys)
         calls[0]()
         torch.cuda.synchronize()
     except FAILURES as error:
@@ -263,7 +266,7 @@ def _our_logits(kernels: KernelSet, x: IndexProblem, cache: torch.Tensor) -> pee
 
 def _our_selection(kernels: KernelSet, x: IndexProblem, cache: torch.Tensor) -> Call:
     """As a layer does it; every row is scored."""
-    topk_pos = torch.full((len(x.num_keys), TOPK), -1, dtype=torch.int32, device="cuda")
+    topk_slot = torch.full((len(x.num_keys), TOPK), -1, dtype=torch.int32, device="cuda")
 
     def call() -> torch.Tensor:
         select(
@@ -276,15 +279,17 @@ def _our_selection(kernels: KernelSet, x: IndexProblem, cache: torch.Tensor) -> 
             x.num_keys,
             x.num_keys,
             x.max_num_keys,
-            topk_pos,
+            x.block_table,
+            BLOCK_SIZE,
+            topk_slot,
         )
-        return topk_pos
+        return topk_slot
 
     return call
 
 
 def _selection(logits: peers.Logits, topk: TopkOp, x: IndexProblem, step: int) -> Call:
-    """Logits of so many rows at a time, and the top-k of them, as vLLM's layer does it."""
+    """Logits of so many rows at a time, and the top-k of them; then the slots of all, as vLLM's layers do it."""
     num_rows = len(x.num_keys)
     topk_pos = torch.full((num_rows, TOPK), -1, dtype=torch.int32, device="cuda")
     ends = [*range(0, num_rows, step), num_rows]
@@ -293,7 +298,7 @@ def _selection(logits: peers.Logits, topk: TopkOp, x: IndexProblem, step: int) -
     def call() -> torch.Tensor:
         for rows in chunks:
             topk(logits(rows), x.num_keys[rows], topk_pos[rows])
-        return topk_pos
+        return peers.slots_of(topk_pos, x.request_ids, x.block_table)
 
     return call
 
@@ -308,10 +313,33 @@ def _compare_logits_with_reference(row: Row, x: IndexProblem, cache: torch.Tenso
     _judge(row, "logits vs reference", relative_difference(logits[rows], wanted, visible))
 
 
-def _num_wrong_selections(topk: TopkOp, logits: torch.Tensor, num_keys: torch.Tensor) -> int:
-    topk_pos = torch.full((len(logits), TOPK), -1, dtype=torch.int32, device=logits.device)
-    topk(logits, num_keys, topk_pos)
-    return num_wrong_rows(logits, num_keys, topk_pos)
+def _then_slots(topk: TopkOp) -> TopkSelect:
+    """A peer's top-k behind the contract of our operation."""
+
+    def select_slots(
+        logits: torch.Tensor,
+        num_keys: torch.Tensor,
+        request_ids: torch.Tensor,
+        block_table: torch.Tensor,
+        block_size: int,
+        topk_slot: torch.Tensor,
+    ) -> None:
+        assert block_size == BLOCK_SIZE
+        topk_pos = torch.full_like(topk_slot, -1)
+        topk(logits, num_keys, topk_pos)
+        topk_slot.copy_(peers.slots_of(topk_pos, request_ids, block_table))
+
+    return select_slots
+
+
+def _num_wrong_selections(topk: TopkSelect, logits: torch.Tensor, num_keys: torch.Tensor) -> int:
+    """With the pages of one request in their order, so that slots are positions."""
+    num_rows, length = logits.shape
+    request_ids = torch.zeros_like(num_keys)
+    block_table = torch.arange(-(-length // BLOCK_SIZE), dtype=torch.int32, device=logits.device).unsqueeze(0)
+    topk_slot = torch.full((num_rows, TOPK), -7, dtype=torch.int32, device=logits.device)
+    topk(logits, num_keys, request_ids, block_table, BLOCK_SIZE, topk_slot)
+    return num_wrong_rows(logits, num_keys, topk_slot)
 
 
 # Both.

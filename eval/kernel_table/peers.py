@@ -25,6 +25,7 @@ __all__ = [
     "flash_mla",
     "flash_mla_prefill",
     "refusals",
+    "slots_of",
     "top_k_per_row_prefill",
 ]
 
@@ -186,6 +187,22 @@ TOPK_OPS = {
     "top_k_per_row_decode": _top_k_per_row_decode,
 }
 """Of decode. The first takes up to 64 rows."""
+
+
+def slots_of(topk_pos: torch.Tensor, request_ids: torch.Tensor, block_table: torch.Tensor) -> torch.Tensor:
+    """In pages of 64 tokens, int32 ``[T, 2048]``; counts them too, as vLLM's backends for bfloat16 have it done."""
+    from vllm.v1.attention.backends.mla.sparse_utils import triton_convert_req_index_to_global_index
+
+    slots, _ = triton_convert_req_index_to_global_index(
+        request_ids,
+        block_table,
+        topk_pos,
+        BLOCK_SIZE=BLOCK_SIZE,
+        NUM_TOPK_TOKENS=TOPK,
+        return_valid_counts=True,
+    )
+    return slots
+
 
 _workspaces: list[torch.Tensor] = []
 

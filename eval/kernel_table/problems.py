@@ -45,7 +45,7 @@ class IndexProblem:
     weights: torch.Tensor
     """float32 ``[T, 64]``."""
     block_table: torch.Tensor
-    """int32 ``[R, L / 64]``."""
+    """int32 ``[R, L / 64]``: pages of the index keys, and of the latents that are selected."""
     request_ids: torch.Tensor
     """int32 ``[T]``."""
     num_keys: torch.Tensor

@@ -16,7 +16,7 @@ KERNELS = select_kernels(replace(PROBLEM, device_type="cpu", capability=None, to
 
 
 def batch(num_tokens: int, generator: torch.Generator) -> tuple:
-    """Two requests: the first one's tokens see up to as many keys, the second one decodes."""
+    """Two requests, in other pages of each cache: the first's tokens see up to as many keys, the second decodes."""
     num_blocks = -(-num_tokens // 16) + 1
     cache = index_cache(2 * num_blocks, 16)
     views = index_key_views(cache)
@@ -35,6 +35,8 @@ def batch(num_tokens: int, generator: torch.Generator) -> tuple:
         num_keys,
         num_keys.masked_fill(num_keys <= TOPK, 0),
         max(num_tokens, 40),
+        torch.randperm(2 * num_blocks, generator=generator).int().view(2, num_blocks),
+        16,
     )
 
 
@@ -47,9 +49,9 @@ def test_all_ranks_have_what_one_would_have_alone(generator, size, num_tokens):
     parts: list[torch.Tensor] = []
 
     def run(rank: int, gather) -> torch.Tensor:
-        topk_pos = torch.full((num_tokens, TOPK), -7, dtype=torch.int32)
-        select_shared(SelectionShare(rank, size, gather, worth_from=0), KERNELS, *arguments, topk_pos)
-        return topk_pos
+        topk_slot = torch.full((num_tokens, TOPK), -7, dtype=torch.int32)
+        select_shared(SelectionShare(rank, size, gather, worth_from=0), KERNELS, *arguments, topk_slot)
+        return topk_slot
 
     for rank in range(size):  # a first pass, to have every rank's part
         run(rank, lambda part: parts.append(part.clone()) or part.repeat(size, 1))

@@ -68,15 +68,22 @@ def k_norm_without_bias():
 
 def topk_off_by_one():
     def select(original):
-        def sabotaged(logits, num_keys, topk_pos):
-            fewer = torch.empty_like(topk_pos[:, 1:])
-            original(logits, num_keys, fewer)
-            topk_pos[:, :-1] = fewer
-            topk_pos[:, -1] = -1
+        def sabotaged(*args):
+            *rest, topk_slot = args
+            fewer = torch.empty_like(topk_slot[:, 1:])
+            original(*rest, fewer)
+            topk_slot[:, :-1] = fewer
+            topk_slot[:, -1] = -1
 
         return sabotaged
 
-    return {"topk_select": select}
+    def attend(original):
+        def sabotaged(q, cache, topk_slot, num_selected, scale):
+            return original(q, cache, topk_slot, num_selected.clamp(max=topk_slot.shape[1] - 1), scale)
+
+        return sabotaged
+
+    return {"topk_select": select, "sparse_mla": attend}
 
 
 def latent_scale_per_row():
@@ -111,7 +118,7 @@ def index_rotates_only_q():
 
 def random_selection():
     def select(original):
-        return lambda logits, num_keys, topk_pos: original(torch.rand_like(logits), num_keys, topk_pos)
+        return lambda logits, *rest: original(torch.rand_like(logits), *rest)
 
     return {"topk_select": select}
 
@@ -121,12 +128,13 @@ def stale_topk_buffer():
     selections = []
 
     def select(original):
-        def sabotaged(logits, num_keys, topk_pos):
-            selections.append(torch.empty_like(topk_pos))
-            original(logits, num_keys, selections[-1])
+        def sabotaged(*args):
+            *rest, topk_slot = args
+            selections.append(torch.empty_like(topk_slot))
+            original(*rest, selections[-1])
             stale = selections.pop(0) if len(selections) > 1 else selections[-1]
             # A step of another size has nothing to do with this one.
-            topk_pos.copy_(stale if stale.shape == topk_pos.shape else selections[-1])
+            topk_slot.copy_(stale if stale.shape == topk_slot.shape else selections[-1])
 
         return sabotaged
 

@@ -8,7 +8,7 @@ from kernels import naive
 
 
 class Recorder:
-    """Keeps the inputs of the indexer and the positions that came out, for single-request steps."""
+    """Keeps the inputs of the indexer and the positions whose slots came out, for single-request steps."""
 
     def __init__(self):
         self.scored, self.selected = [], []
@@ -21,11 +21,21 @@ class Recorder:
         return recorded
 
     def topk_select(self, original):
-        def recorded(logits, num_keys, topk_pos):
-            original(logits, num_keys, topk_pos)
-            self.selected.append((num_keys.cpu().clone(), topk_pos.cpu().clone()))
+        def recorded(logits, num_keys, request_ids, block_table, block_size, topk_slot):
+            original(logits, num_keys, request_ids, block_table, block_size, topk_slot)
+            topk_pos = positions(topk_slot.cpu(), block_table[0].tolist(), block_size)
+            self.selected.append((num_keys.cpu().clone(), topk_pos))
 
         return recorded
+
+
+def positions(slots: torch.Tensor, pages: list[int], block_size: int) -> torch.Tensor:
+    """Where in a request its slots are; a slot of no page of its own is an error."""
+    rows = [
+        [-1 if slot < 0 else pages.index(slot // block_size) * block_size + slot % block_size for slot in row]
+        for row in slots.tolist()
+    ]
+    return torch.tensor(rows, dtype=torch.int32).reshape(slots.shape)
 
 
 def record(prompt_length: int) -> Recorder:

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from kernel_table import measurements, peers
 from kernel_table.agreement import num_wrong_rows, relative_difference
+from kernel_table.problems import BLOCK_SIZE
 from kernel_table.table import Goal, Row, report, row_text, summary, summary_text
 from vllm_dsv32.kernels import dispatch, index_logits, selection, sparse_mla, topk_select
 
@@ -191,6 +192,16 @@ def logits_peer(factor=1.0):
     return make
 
 
+def topk_peer(logits, num_keys, topk_pos):
+    """In pages of one position the slots are the positions."""
+    positions = torch.arange(logits.shape[1], dtype=torch.int32).unsqueeze(0)
+    topk_select.reference(logits, num_keys, torch.zeros_like(num_keys), positions, 1, topk_pos)
+
+
+def wrong_topk_peer(logits, num_keys, topk_pos):
+    topk_peer(-logits, num_keys, topk_pos)
+
+
 @pytest.fixture
 def with_peers(small, monkeypatch):
     monkeypatch.setattr(peers, "refusals", lambda problem: {})
@@ -198,10 +209,9 @@ def with_peers(small, monkeypatch):
         monkeypatch.setattr(peers, name, attention_peer())
     for name in ("deep_gemm_paged", "deep_gemm_prefill"):
         monkeypatch.setattr(peers, name, logits_peer())
-    monkeypatch.setattr(peers, "TOPK_OPS", {"op": topk_select.reference})
-    monkeypatch.setattr(
-        peers, "top_k_per_row_prefill", lambda logits, begins, *rest: topk_select.reference(logits, *rest)
-    )
+    monkeypatch.setattr(peers, "TOPK_OPS", {"op": topk_peer})
+    monkeypatch.setattr(peers, "top_k_per_row_prefill", lambda logits, begins, *rest: topk_peer(logits, *rest))
+    monkeypatch.setattr(peers, "slots_of", lambda *args: topk_select.slots_of(*args, BLOCK_SIZE))
 
 
 @pytest.mark.parametrize(("name", "num_peers"), list(zip(ROWS, (2, 3, 1, 1), strict=True)))
@@ -235,15 +245,21 @@ def test_a_peer_that_fails_is_skipped(with_peers, monkeypatch):
     assert list(row.peers) == ["FA3 bf16"]
 
 
-def wrong_topk(logits, num_keys, topk_pos):
-    topk_select.reference(-logits, num_keys, topk_pos)
-
-
 def test_a_peer_that_selects_wrongly_does_not_compete(with_peers, monkeypatch):
-    monkeypatch.setattr(peers, "TOPK_OPS", {"op": topk_select.reference, "cooperative_topk": wrong_topk})
+    monkeypatch.setattr(peers, "TOPK_OPS", {"op": topk_peer, "cooperative_topk": wrong_topk_peer})
     row = measurements.index_decode(2, 4096)
     assert list(row.peers) == ["DeepGEMM + op"]
     assert row.skipped == {"DeepGEMM + cooperative_topk": "2 of 2 rows are not the highest 2048"}
+
+
+def test_a_peer_whose_slots_are_wrong_does_not_compete(with_peers, monkeypatch):
+    monkeypatch.setattr(peers, "slots_of", lambda topk_pos, *_: topk_pos ^ 1)
+    row = measurements.index_decode(2, 4096)
+    assert row.skipped == {"DeepGEMM + op": "2 of 2 rows are not the highest 2048"}
+
+
+def wrong_topk(logits, *rest):
+    topk_select.reference(-logits, *rest)
 
 
 def test_a_wrong_kernel_of_ours_does_not_pass(small, monkeypatch):

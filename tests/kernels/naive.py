@@ -120,6 +120,15 @@ def topk(logits: torch.Tensor, num_keys: torch.Tensor, k: int) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.int32).reshape(len(logits), k)
 
 
+def slots(topk_pos: torch.Tensor, request_ids: torch.Tensor, block_table: torch.Tensor, block_size: int):
+    """Where positions of requests lie in a cache; -1 stays -1."""
+    rows = []
+    for positions, request in zip(topk_pos.tolist(), request_ids.tolist(), strict=True):
+        blocks = block_table[request].tolist()
+        rows.append([-1 if p < 0 else blocks[p // block_size] * block_size + p % block_size for p in positions])
+    return torch.tensor(rows, dtype=torch.int32).reshape(topk_pos.shape)
+
+
 def sparse_mla(q, cache, topk_slot, num_valid, scale) -> tuple[torch.Tensor, torch.Tensor]:
     out = torch.zeros(q.shape[0], q.shape[1], 512, dtype=torch.float64)
     lse = torch.full(q.shape[:2], -math.inf, dtype=torch.float64)

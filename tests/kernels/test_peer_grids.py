@@ -227,7 +227,9 @@ def test_vllm_top_k(num_rows, length, kind):
     behind = torch.arange(length, device=DEVICE) >= num_keys.unsqueeze(1)
     logits[behind] = torch.where(torch.rand_like(logits[behind]) < 0.5, torch.nan, 1e30)
     topk_pos = torch.full((num_rows, k), -7, dtype=torch.int32, device=DEVICE)
-    topk_select_triton.topk_select(logits, num_keys, topk_pos)
+    # Slots are positions: of one request, whose pages lie in their order.
+    pages = torch.arange(-(-length // 64), dtype=torch.int32, device=DEVICE).unsqueeze(0)
+    topk_select_triton.topk_select(logits, num_keys, torch.zeros_like(num_keys), pages, 64, topk_pos)
     order = logits.masked_fill(behind, -torch.inf).sort(dim=1, descending=True, stable=True).indices
     for row, count in enumerate(num_keys.tolist()):
         ranked = order[row]

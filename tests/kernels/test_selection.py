@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kernels import naive
 from kernels.inputs import PROBLEM, index_cache
 from vllm_dsv32.kernels import selection, warmup
 from vllm_dsv32.kernels.dispatch import select_kernels
@@ -10,6 +11,8 @@ from vllm_dsv32.layout import index_key_views
 
 ON_A_CPU = replace(PROBLEM, device_type="cpu", capability=None, topk=24)
 KERNELS = select_kernels(ON_A_CPU)
+LATENT_TABLE = torch.tensor([[5, 1]], dtype=torch.int32)
+LATENT_BLOCK_SIZE = 32
 NUM_KEYS = [5, 24, 25, 60, 0, 61, 62]
 
 
@@ -19,7 +22,7 @@ def select(kernels, generator, num_keys, max_num_keys):
     views.key_fp8.copy_(torch.randn(views.key_fp8.shape, generator=generator))
     views.key_scale.fill_(0.5)
     num_keys = torch.tensor(num_keys, dtype=torch.int32)
-    topk_pos = torch.full((len(num_keys), ON_A_CPU.topk), -7, dtype=torch.int32)
+    topk_slot = torch.full((len(num_keys), ON_A_CPU.topk), -7, dtype=torch.int32)
     selection.select(
         kernels,
         torch.randn(len(num_keys), 4, 128, generator=generator).to(torch.float8_e4m3fn),
@@ -30,9 +33,11 @@ def select(kernels, generator, num_keys, max_num_keys):
         num_keys,
         num_keys.masked_fill(num_keys <= ON_A_CPU.topk, 0),
         max_num_keys,
-        topk_pos,
+        LATENT_TABLE,
+        LATENT_BLOCK_SIZE,
+        topk_slot,
     )
-    return topk_pos
+    return topk_slot
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 3])
@@ -47,8 +52,26 @@ def test_where_all_rows_are_short_nothing_is_scored(generator):
     def score(*_):
         raise AssertionError
 
-    topk_pos = select(replace(KERNELS, index_logits=score), generator, [24, 3, 0], 24)
-    assert topk_pos.tolist() == [[*range(n), *[-1] * (24 - n)] for n in (24, 3, 0)]
+    slots = select(replace(KERNELS, index_logits=score), generator, [24, 3, 0], 24)
+    assert slots.tolist() == [[*range(160, 160 + n), *[-1] * (24 - n)] for n in (24, 3, 0)]
+
+
+def test_slots_are_of_the_latent_cache(generator):
+    """Whose pages are others than those that the keys were read from, and of another size."""
+    logits = []
+
+    def score(q_fp8, weights, cache, block_table, *rest):
+        assert block_table.tolist() == [[2, 0, 3, 1]]
+        logits.append(KERNELS.index_logits(q_fp8, weights, cache, block_table, *rest))
+        return logits[-1]
+
+    slots = select(replace(KERNELS, index_logits=score), generator, NUM_KEYS, 64)
+    positions = naive.topk(logits[0], torch.tensor(NUM_KEYS), 24)
+    for row, seen in enumerate(NUM_KEYS):
+        if seen <= 24:  # is not scored
+            positions[row] = torch.tensor([*range(seen), *[-1] * (24 - seen)])
+    wanted = naive.slots(positions, torch.zeros(len(NUM_KEYS)).int(), LATENT_TABLE, LATENT_BLOCK_SIZE)
+    assert torch.equal(slots, wanted)
 
 
 def test_warming_up_covers_decode_speculation_and_prefill(monkeypatch):

@@ -30,7 +30,7 @@ def test_every_token_knows_its_request_and_its_keys(kernel, requests, padding, t
         starts.append(starts[-1] + query_length)
         expected += [(index, max(0, sequence_length - query_length + i + 1)) for i in range(query_length)]
     num_tokens = starts[-1] + padding
-    request_ids, num_keys, num_scored = (torch.full((num_tokens + 3,), -7, dtype=torch.int32) for _ in range(3))
+    request_ids, num_keys, num_scored, num_selected = torch.full((4, num_tokens + 3), -7, dtype=torch.int32)
     kernel(
         torch.tensor(starts, dtype=torch.int32),
         torch.tensor([length for _, length in requests], dtype=torch.int32),
@@ -38,24 +38,26 @@ def test_every_token_knows_its_request_and_its_keys(kernel, requests, padding, t
         request_ids[:num_tokens],
         num_keys[:num_tokens],
         num_scored[:num_tokens],
+        num_selected[:num_tokens],
     )
     assert list(zip(request_ids.tolist(), num_keys.tolist(), strict=True))[: starts[-1]] == expected
     assert num_keys[starts[-1] : num_tokens].tolist() == [0] * padding
     assert request_ids[starts[-1] : num_tokens].tolist() == [len(requests) - 1] * padding
     assert num_scored[:num_tokens].tolist() == [n if n > topk else 0 for n in num_keys[:num_tokens].tolist()]
-    for written in (request_ids, num_keys, num_scored):
+    assert num_selected[:num_tokens].tolist() == [min(n, topk) for n in num_keys[:num_tokens].tolist()]
+    for written in (request_ids, num_keys, num_scored, num_selected):
         assert written[num_tokens:].tolist() == [-7] * 3
 
 
 @implementations("token_keys")
 def test_no_tokens(kernel):
     empty = torch.empty(0, dtype=torch.int32)
-    kernel(torch.tensor([0, 0], dtype=torch.int32), torch.tensor([0], dtype=torch.int32), 4, empty, empty, empty)
+    kernel(torch.tensor([0, 0], dtype=torch.int32), torch.tensor([0], dtype=torch.int32), 4, *[empty] * 4)
 
 
 def test_the_reference_does_not_wait_for_the_device():
     """On the meta device every read of a value raises."""
     with torch.device("meta"):
         reference(
-            *(torch.empty(n, dtype=torch.int32) for n in (4, 3)), 8, *(torch.empty(7).int() for _ in range(3))
+            *(torch.empty(n, dtype=torch.int32) for n in (4, 3)), 8, *(torch.empty(7).int() for _ in range(4))
         )

@@ -13,9 +13,27 @@ from vllm_dsv32.kernels.topk_select_triton import Tiling
 
 
 def select(kernel, logits: torch.Tensor, num_keys: list[int], k: int) -> torch.Tensor:
+    """Positions: slots of one request, whose pages lie in their order."""
+    pages = torch.arange(-(-logits.shape[1] // 16), dtype=torch.int32).unsqueeze(0)
+    return select_slots(kernel, logits, num_keys, [0] * len(num_keys), pages, 16, k)
+
+
+def select_slots(kernel, logits, num_keys, request_ids, block_table, block_size, k) -> torch.Tensor:
     out = torch.full((len(num_keys), k), 12345, dtype=torch.int32)
-    kernel(logits, torch.tensor(num_keys, dtype=torch.int32), out)
+    num_keys, request_ids = (torch.tensor(x, dtype=torch.int32) for x in (num_keys, request_ids))
+    kernel(logits, num_keys, request_ids, block_table, block_size, out)
     return out
+
+
+POISON = 2**31 - 1
+
+
+def scrambled_table(num_requests: int, num_blocks: int, generator: torch.Generator) -> torch.Tensor:
+    """Pages in any order, each of one request; behind them, and between the rows, what is no page."""
+    table = torch.full((num_requests, num_blocks + 7), POISON, dtype=torch.int32)[:, : num_blocks + 2]
+    pages = torch.randperm(num_requests * num_blocks, generator=generator).int()
+    table[:, :num_blocks] = pages.view(num_requests, num_blocks)
+    return table
 
 
 @pytest.mark.parametrize("k", [1, 2, 8, 64, 2048])
@@ -68,6 +86,42 @@ def test_of_short_rows_all_is_selected_whatever_lies_there(kernel, generator, co
 @implementations("topk_select")
 def test_no_rows(kernel):
     assert select(kernel, torch.empty(0, 16), [], 4).shape == (0, 4)
+
+
+@pytest.mark.parametrize("k", [5, 64, 300])
+@pytest.mark.parametrize("block_size", [16, 64, 128])
+@implementations("topk_select")
+def test_slots_of_several_requests(kernel, generator, block_size, k):
+    """The last block of each is partly filled; the next ones are no pages, though a row may be as long as that."""
+    length = 2 * block_size + 5
+    num_keys = [length, 0, 1, block_size, block_size + 1, length - 1, min(k, length), length]
+    request_ids = [2, 0, 1, 1, 0, 2, 2, 0]
+    table = scrambled_table(3, 3, generator)
+    logits = torch.randn(len(num_keys), length + 4 * block_size, generator=generator)
+    for row, seen in enumerate(num_keys):
+        logits[row, seen - 1] = 99.0  # at the very end
+        logits[row, seen:] = math.inf  # never seen
+    got = select_slots(kernel, logits, num_keys, request_ids, table, block_size, k)
+    positions = naive.topk(logits, torch.tensor(num_keys), k)
+    assert torch.equal(got, naive.slots(positions, torch.tensor(request_ids), table, block_size))
+    assert torch.equal((got >= 0).sum(1), torch.tensor(num_keys).clamp(max=k))
+    again = select_slots(kernel, logits, num_keys, request_ids, table, block_size, k)
+    assert torch.equal(got, again)
+
+
+@pytest.mark.parametrize("k", [8, 64])
+@implementations("topk_select")
+def test_rows_of_a_chunk_write_nothing_else(kernel, generator, k):
+    """Tensors that begin anywhere in larger ones, as a chunk's rows and a step's tokens do."""
+    num_keys = torch.tensor([50, 99, 3, 64, 50], dtype=torch.int32)[1:]
+    request_ids = torch.tensor([9, 1, 0, 0, 1], dtype=torch.int32)[1:]
+    table = scrambled_table(2, 7, generator)
+    logits = torch.randn(4, 99, generator=generator)
+    out = torch.full((6, k + 3), 12345, dtype=torch.int32)
+    kernel(logits, num_keys, request_ids, table, 16, out[1:5, :k])
+    assert torch.equal(out[1:5, :k], naive.slots(naive.topk(logits, num_keys, k), request_ids, table, 16))
+    out[1:5, :k] = 12345
+    assert (out == 12345).all()
 
 
 @settings(max_examples=200, deadline=None)
@@ -156,6 +210,15 @@ def test_lengths_at_the_edges_of_tiles_and_lists(tiled, generator, pitch):
     assert torch.equal(select(tiled, logits, num_keys, 9), naive.topk(logits, torch.tensor(num_keys), 9))
 
 
+def test_slots_in_any_tiling(tiled, generator):
+    num_keys, request_ids = [9, 200, 65, 10, 200, 64], [1, 0, 1, 0, 2, 2]
+    table = scrambled_table(3, 13, generator)
+    logits = torch.randn(len(num_keys), 200, generator=generator)
+    got = select_slots(tiled, logits, num_keys, request_ids, table, 16, 9)
+    positions = naive.topk(logits, torch.tensor(num_keys), 9)
+    assert torch.equal(got, naive.slots(positions, torch.tensor(request_ids), table, 16))
+
+
 def test_a_list_that_is_short_by_one(tiled):
     logits = torch.zeros(1, 65)
     logits[0, 64] = 1.0
@@ -169,9 +232,12 @@ def test_real_sizes(monkeypatch, generator, num_split_programs):
     num_keys = [40_000, 8192, 2049]
     logits = torch.randn(len(num_keys), 40_000, generator=generator)
     logits[0] = (logits[0] * 100).round()
-    expected = torch.empty(len(num_keys), 2048, dtype=torch.int32)
-    topk_select.reference(logits, torch.tensor(num_keys, dtype=torch.int32), expected)
-    assert torch.equal(select(on_device(topk_select_triton.topk_select), logits, num_keys, 2048), expected)
+    table = scrambled_table(3, 625, generator)
+    expected, got = (
+        select_slots(kernel, logits, num_keys, [1, 0, 2], table, 64, 2048)
+        for kernel in (topk_select.reference, on_device(topk_select_triton.topk_select))
+    )
+    assert torch.equal(got, expected)
 
 
 def test_a_larger_k_is_refused():

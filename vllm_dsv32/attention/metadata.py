@@ -43,6 +43,8 @@ class DsaMetadata(CacheMetadata):
     """int32 ``[T]``: how many positions of its request a token sees, its own included; 0 for padding."""
     num_scored: torch.Tensor
     """int32 ``[T]``: ``num_keys``, or 0 where the top-k takes all of them."""
+    num_selected: torch.Tensor
+    """int32 ``[T]``: ``num_keys``, at most the top-k."""
     max_num_keys: int
     """At least ``max(num_keys)``; known on the host, so it may overestimate."""
     max_query_len: int
@@ -99,8 +101,8 @@ class DsaMetadataBuilder(CacheMetadataBuilder):
         self._topk = ModelDims.from_hf_config(vllm_config.model_config.hf_config).topk
         self._max_model_len = vllm_config.model_config.max_model_len
         max_num_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        # Captured graphs read a step's values from where those of the capture were: three rows of one buffer.
-        self._per_token = torch.zeros((3, max_num_tokens), dtype=torch.int32, device=device)
+        # Captured graphs read a step's values from where those of the capture were: four rows of one buffer.
+        self._per_token = torch.zeros((4, max_num_tokens), dtype=torch.int32, device=device)
 
     def build(
         self,
@@ -110,14 +112,16 @@ class DsaMetadataBuilder(CacheMetadataBuilder):
     ) -> DsaMetadata:
         """Describe a step. See :class:`vllm.v1.attention.backend.AttentionMetadataBuilder`."""
         common = common_attn_metadata
-        request_ids, num_keys, num_scored = self._per_token[:, : common.num_actual_tokens]
-        self._token_keys(common.query_start_loc, common.seq_lens, self._topk, request_ids, num_keys, num_scored)
+        per_token = self._per_token[:, : common.num_actual_tokens]
+        self._token_keys(common.query_start_loc, common.seq_lens, self._topk, *per_token)
+        request_ids, num_keys, num_scored, num_selected = per_token
         return DsaMetadata(
             **_placement(common),
             num_actual_tokens=common.num_actual_tokens,
             request_ids=request_ids,
             num_keys=num_keys,
             num_scored=num_scored,
+            num_selected=num_selected,
             max_num_keys=min(common.max_seq_len, self._max_model_len),
             max_query_len=common.max_query_len,
         )

@@ -2,8 +2,9 @@
 
 Every rank holds all index keys and all index heads, because their scores are summed over heads, and so would score
 every key for every token: of all the work on a long context the only part that tensor parallelism does not divide.
-But tokens are selected for one by one. So each rank selects for a part of them, and the positions are gathered:
-8 KiB a token against 16 KFLOP for each of its keys.
+But tokens are selected for one by one. So each rank selects for a part of them, and the slots are gathered: 8 KiB
+a token against 16 KFLOP for each of its keys. A slot is the same on every rank: one scheduler gives out the pages,
+so that the ranks of a group have equal block tables.
 
 Later tokens see more keys. Tokens are dealt in strips, round by round, so that the parts are alike; those of a
 strip are neighbours, which share the keys that they are scored against.
@@ -85,28 +86,32 @@ def select_shared(
     kernels: KernelSet,
     q_fp8: torch.Tensor,
     weights: torch.Tensor,
-    cache: torch.Tensor,
-    block_table: torch.Tensor,
+    index_cache: torch.Tensor,
+    index_block_table: torch.Tensor,
     request_ids: torch.Tensor,
     num_keys: torch.Tensor,
     num_scored: torch.Tensor,
     max_num_keys: int,
-    topk_pos: torch.Tensor,
+    block_table: torch.Tensor,
+    block_size: int,
+    topk_slot: torch.Tensor,
 ) -> None:
     """See :func:`vllm_dsv32.kernels.selection.select`; called on every rank of the group, with the same batch."""
     logger.info_once("Tensor-parallel ranks share the selection of long prefills: %d ranks", share.size)
-    rows, exist = share.rows(len(topk_pos), topk_pos.device)
-    part = topk_pos.new_empty((len(rows), topk_pos.shape[1]))
+    rows, exist = share.rows(len(topk_slot), topk_slot.device)
+    part = topk_slot.new_empty((len(rows), topk_slot.shape[1]))
     select(
         kernels,
         q_fp8.view(torch.uint8)[rows].view(q_fp8.dtype),
         weights[rows],
-        cache,
-        block_table,
+        index_cache,
+        index_block_table,
         request_ids[rows],
         num_keys[rows] * exist,
         num_scored[rows] * exist,
         max_num_keys,
+        block_table,
+        block_size,
         part,
     )
-    share.collect(part, topk_pos)
+    share.collect(part, topk_slot)

@@ -58,8 +58,9 @@ class SparseAttention(LatentCache):
             kv_norm: the latent's norm; its weight is applied on insertion.
             kv_b_proj: ``kv_lora_rank -> num_heads * (nope + v)``; absorbed after loading.
             index_k_norm: the index key's norm, applied on insertion.
-            topk_indices_buffer: int32 ``[max_num_batched_tokens, K]``, shared by all layers. vLLM points
-                the modules of a draft model at the target's buffer, so it is read anew in every step.
+            topk_indices_buffer: int32 ``[max_num_batched_tokens, K]``, shared by all layers, each of which
+                overwrites it with slots of its own cache. vLLM points the modules of a draft model at the
+                target's buffer, so it is read anew in every step.
             prefix: the layer's name in vLLM.
 
         Raises:
@@ -172,7 +173,7 @@ class SparseAttention(LatentCache):
             IndexQueries(index_q[:num_tokens], head_weights[:num_tokens]),
             MlaQueries(q[:num_tokens], self.get_buffer("w_uk_t")),
         )
-        topk_pos = self.topk_indices_buffer[:num_tokens]
+        topk_slot = self.topk_indices_buffer[:num_tokens]
         shared = self._share.takes(num_tokens, metadata.max_query_len, metadata.max_num_keys)
         select_all = partial(select_shared, self._share) if shared else select
         select_all(
@@ -185,10 +186,11 @@ class SparseAttention(LatentCache):
             metadata.num_keys,
             metadata.num_scored,
             metadata.max_num_keys,
-            topk_pos,
+            metadata.block_table,
+            self.kv_cache.shape[1],
+            topk_slot,
         )
-        topk_slot, num_valid = self.kernels.topk_slots(
-            topk_pos, metadata.request_ids, metadata.block_table, self.kv_cache.shape[1]
+        latent, _ = self.kernels.sparse_mla(
+            mla_q, self.kv_cache, topk_slot, metadata.num_selected, self.dims.softmax_scale
         )
-        latent, _ = self.kernels.sparse_mla(mla_q, self.kv_cache, topk_slot, num_valid, self.dims.softmax_scale)
         self.kernels.mla_output(latent, self.get_buffer("w_uv"), output[:num_tokens])

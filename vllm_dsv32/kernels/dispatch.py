@@ -74,7 +74,6 @@ class KernelSet:
     keys_and_queries: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     index_logits: Callable[..., torch.Tensor]
     topk_select: Callable[..., None]
-    topk_slots: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     sparse_mla: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     mla_output: Callable[..., None]
     names: Mapping[str, str]
@@ -209,7 +208,6 @@ KERNELS: list[Kernel] = [
     _triton("keys_and_queries"),
     _triton("index_logits"),
     _triton("topk_select"),
-    _triton("topk_slots"),
     Kernel(
         operation="sparse_mla",
         name="gluon",

@@ -12,8 +12,9 @@ def reference(
     request_ids: torch.Tensor,
     num_keys: torch.Tensor,
     num_scored: torch.Tensor,
+    num_selected: torch.Tensor,
 ) -> None:
-    """Write the request of each token, and how many positions it sees and scores.
+    """Write the request of each token, and how many positions it sees, scores and attends to.
 
     A token that sees no more than ``topk`` positions attends to all of them: none has to be scored.
 
@@ -25,6 +26,7 @@ def reference(
         request_ids: int32 ``[T]``, overwritten; the last request for padding.
         num_keys: int32 ``[T]``, overwritten: the positions up to and with the token's own; 0 for padding.
         num_scored: int32 ``[T]``, overwritten: ``num_keys`` where that is above ``topk``, else 0.
+        num_selected: int32 ``[T]``, overwritten: ``num_keys``, at most ``topk``.
     """
     num_requests = seq_lens.shape[0]
     token = torch.arange(request_ids.shape[0], dtype=torch.int32, device=request_ids.device)
@@ -35,3 +37,4 @@ def reference(
     request_ids.copy_(request)
     num_keys.copy_((seq_lens[request] - (ends[request] - 1 - token)).clamp(min=0).masked_fill(is_padding, 0))
     num_scored.copy_(num_keys.masked_fill(num_keys <= topk, 0))
+    num_selected.copy_(num_keys.clamp(max=topk))

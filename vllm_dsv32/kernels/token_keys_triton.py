@@ -25,6 +25,7 @@ def _token_keys_kernel(
     request_ids_ptr: tl.tensor,
     num_keys_ptr: tl.tensor,
     num_scored_ptr: tl.tensor,
+    num_selected_ptr: tl.tensor,
     num_requests: tl.tensor,
     num_tokens: tl.tensor,
     topk: tl.tensor,
@@ -47,6 +48,7 @@ def _token_keys_kernel(
     tl.store(request_ids_ptr + token, request, mask=exists)
     tl.store(num_keys_ptr + token, num_keys, mask=exists)
     tl.store(num_scored_ptr + token, tl.where(num_keys > topk, num_keys, 0), mask=exists)
+    tl.store(num_selected_ptr + token, tl.minimum(num_keys, topk), mask=exists)
 
 
 def token_keys(
@@ -56,6 +58,7 @@ def token_keys(
     request_ids: torch.Tensor,
     num_keys: torch.Tensor,
     num_scored: torch.Tensor,
+    num_selected: torch.Tensor,
 ) -> None:
     """See :func:`vllm_dsv32.kernels.token_keys.reference`."""
     num_tokens = request_ids.shape[0]
@@ -67,6 +70,7 @@ def token_keys(
         request_ids,
         num_keys,
         num_scored,
+        num_selected,
         seq_lens.shape[0],
         num_tokens,
         topk,
@@ -87,6 +91,7 @@ def compilations(capability: tuple[int, int]) -> Iterator[Compilation]:
             "request_ids_ptr": "*i32",
             "num_keys_ptr": "*i32",
             "num_scored_ptr": "*i32",
+            "num_selected_ptr": "*i32",
             "num_requests": "i32",
             "num_tokens": "i32",
             "topk": "i32",

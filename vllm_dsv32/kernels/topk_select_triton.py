@@ -6,7 +6,8 @@ and fewer than K reach the threshold or more than fit, the row is read again, an
 full. Whatever was guessed, the result is a function of the logits alone.
 
 One launch lists, and a second one cuts; in small batches several programs list the parts of each row. Rows that fit
-the registers need no list, and rows of at most K keys are not read.
+the registers need no list, and rows of at most K keys are not read. What was selected is turned into slots by
+the program that selected it.
 """
 
 from collections.abc import Iterator
@@ -118,10 +119,32 @@ def _list_kernel(
 
 
 @triton.jit
-def _write_all(topk_pos: tl.tensor, seen: tl.tensor, K: tl.constexpr) -> None:
+def _slots_of(pos: tl.tensor, blocks: tl.tensor, valid: tl.tensor, BLOCK_SIZE: tl.constexpr) -> tl.tensor:
+    """The slots of valid positions in a request, given the pointer to its row of the block table."""
+    block = pos // BLOCK_SIZE
+    return pos + (tl.load(blocks + block, mask=valid, other=0) - block) * BLOCK_SIZE
+
+
+@triton.jit
+def _write_all(
+    topk_slot: tl.tensor, blocks: tl.tensor, seen: tl.tensor, K: tl.constexpr, BLOCK_SIZE: tl.constexpr
+) -> None:
     """The result of a row that sees no more than K keys."""
     rank = tl.arange(0, triton.next_power_of_2(K))
-    tl.store(topk_pos + rank, tl.where(rank < seen, rank, -1), mask=rank < K)
+    slot = _slots_of(rank, blocks, rank < seen, BLOCK_SIZE)
+    tl.store(topk_slot + rank, tl.where(rank < seen, slot, -1), mask=rank < K)
+
+
+@triton.jit
+def _replace_by_slots(topk_pos: tl.tensor, blocks: tl.tensor, K: tl.constexpr, BLOCK_SIZE: tl.constexpr) -> None:
+    """Replace K positions by their slots.
+
+    Only now, side by side: of what a program held before most is not selected, and its registers were all taken.
+    """
+    tl.debug_barrier()  # the positions have been written
+    rank = tl.arange(0, triton.next_power_of_2(K))
+    pos = tl.load(topk_pos + rank, mask=rank < K, other=0)
+    tl.store(topk_pos + rank, _slots_of(pos, blocks, rank < K, BLOCK_SIZE), mask=rank < K)
 
 
 @triton.jit
@@ -160,28 +183,36 @@ def _write_highest(
     tl.store(target, pos_3, mask=ones_3 != 0)
 
 
-@triton.jit(do_not_specialize_on_alignment=["num_keys_ptr"])
+@triton.jit(
+    do_not_specialize=["block_table_stride"],
+    do_not_specialize_on_alignment=["num_keys_ptr", "request_ids_ptr", "block_table_ptr"],
+)
 def _select_kernel(
     logits_ptr: tl.tensor,
     num_keys_ptr: tl.tensor,
-    topk_pos_ptr: tl.tensor,
+    request_ids_ptr: tl.tensor,
+    block_table_ptr: tl.tensor,
+    topk_slot_ptr: tl.tensor,
     lists_ptr: tl.tensor,
     counts_ptr: tl.tensor,
     logits_stride: tl.tensor,
-    topk_pos_stride: tl.tensor,
+    block_table_stride: tl.tensor,
+    topk_slot_stride: tl.tensor,
     K: tl.constexpr,
     CAPACITY: tl.constexpr,
     TILE: tl.constexpr,
     PARTS: tl.constexpr,
     VECTOR: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
 ) -> None:
     """Select from a row whose parts have been listed, or that fits the capacity: then ``PARTS`` may be 0."""
     row_index = tl.program_id(0)
     seen = tl.load(num_keys_ptr + row_index)
     row = logits_ptr + row_index.to(tl.int64) * logits_stride
-    topk_pos = topk_pos_ptr + row_index.to(tl.int64) * topk_pos_stride
+    blocks = block_table_ptr + tl.load(request_ids_ptr + row_index).to(tl.int64) * block_table_stride
+    topk_slot = topk_slot_ptr + row_index.to(tl.int64) * topk_slot_stride
     if seen <= K:
-        _write_all(topk_pos, seen, K)
+        _write_all(topk_slot, blocks, seen, K, BLOCK_SIZE)
         return
     list_ptr = lists_ptr + row_index.to(tl.int64) * (PARTS * 2 * CAPACITY)
     counts = counts_ptr + row_index * PARTS
@@ -198,19 +229,27 @@ def _select_kernel(
                 tl.store(counts + part, tl.where(part == 0, count, 0))
                 tl.debug_barrier()  # list and counts have been written
     if (CAPACITY // 2 > K) & (num_places <= CAPACITY // 2):
-        _write_highest(topk_pos, row, seen, list_ptr, counts, count, K, CAPACITY, CAPACITY // 2, PARTS, VECTOR)
+        _write_highest(topk_slot, row, seen, list_ptr, counts, count, K, CAPACITY, CAPACITY // 2, PARTS, VECTOR)
     else:
-        _write_highest(topk_pos, row, seen, list_ptr, counts, count, K, CAPACITY, CAPACITY, PARTS, VECTOR)
+        _write_highest(topk_slot, row, seen, list_ptr, counts, count, K, CAPACITY, CAPACITY, PARTS, VECTOR)
+    _replace_by_slots(topk_slot, blocks, K, BLOCK_SIZE)
 
 
-def topk_select(logits: torch.Tensor, num_keys: torch.Tensor, topk_pos: torch.Tensor) -> None:
+def topk_select(
+    logits: torch.Tensor,
+    num_keys: torch.Tensor,
+    request_ids: torch.Tensor,
+    block_table: torch.Tensor,
+    block_size: int,
+    topk_slot: torch.Tensor,
+) -> None:
     """See :func:`vllm_dsv32.kernels.topk_select.reference`; the same result to the bit.
 
     Raises:
         ValueError: K is larger than the lists are made for.
     """
     num_rows, length = logits.shape
-    k = topk_pos.shape[1]
+    k = topk_slot.shape[1]
     if k > _MAX_TOPK:
         raise ValueError(f"topk_select in Triton takes a top-k of at most {_MAX_TOPK}, got {k}")
     if num_rows == 0 or k == 0:
@@ -223,19 +262,22 @@ def topk_select(logits: torch.Tensor, num_keys: torch.Tensor, topk_pos: torch.Te
         _select_kernel[(num_rows,)](
             logits,
             num_keys,
-            topk_pos,
-            topk_pos,
-            topk_pos,
+            request_ids,
+            block_table,
+            topk_slot,
+            topk_slot,
+            topk_slot,
             logits.stride(0),
-            topk_pos.stride(0),
-            **_select_constexprs(k, capacity, 0, tiles, vector),
+            block_table.stride(0),
+            topk_slot.stride(0),
+            **_select_constexprs(k, capacity, 0, tiles, vector, block_size),
             **_select_options(num_rows, capacity < _capacity(k, tiles), tiles),
         )
         return
     rows_at_once = min(num_rows, tiles.num_programs)
     parts = next((s for s in tiles.splits if s * rows_at_once <= tiles.num_split_programs), 1)
-    lists = topk_pos.new_empty((rows_at_once, parts, 2, capacity))
-    counts = topk_pos.new_empty((rows_at_once, parts))
+    lists = topk_slot.new_empty((rows_at_once, parts, 2, capacity))
+    counts = topk_slot.new_empty((rows_at_once, parts))
     for begin in range(0, num_rows, rows_at_once):
         rows = slice(begin, min(begin + rows_at_once, num_rows))
         _list_kernel[(rows.stop - begin, parts)](
@@ -251,12 +293,15 @@ def topk_select(logits: torch.Tensor, num_keys: torch.Tensor, topk_pos: torch.Te
         _select_kernel[(rows.stop - begin,)](
             logits[rows],
             num_keys[rows],
-            topk_pos[rows],
+            request_ids[rows],
+            block_table,
+            topk_slot[rows],
             lists,
             counts,
             logits.stride(0),
-            topk_pos.stride(0),
-            **_select_constexprs(k, capacity, parts, tiles, vector),
+            block_table.stride(0),
+            topk_slot.stride(0),
+            **_select_constexprs(k, capacity, parts, tiles, vector, block_size),
             **_select_options(rows_at_once, False, tiles),
         )
 
@@ -272,12 +317,16 @@ def _select_options(num_rows: int, short: bool, tiles: Tiling) -> dict[str, Any]
     return {"num_warps": tiles.num_warps, "maxnreg": tiles.max_registers}
 
 
-def _select_constexprs(k: int, capacity: int, parts: int, tiles: Tiling, vector: int) -> dict[str, object]:
-    return {"K": k, "CAPACITY": capacity, "TILE": tiles.tile, "PARTS": parts, "VECTOR": vector}
-
-
 def _list_constexprs(k: int, capacity: int, parts: int, tiles: Tiling, vector: int) -> dict[str, object]:
-    return {**_select_constexprs(k, capacity, parts, tiles, vector), "SAMPLE": tiles.sample}
+    sizes = {"K": k, "CAPACITY": capacity, "TILE": tiles.tile, "PARTS": parts, "VECTOR": vector}
+    return {**sizes, "SAMPLE": tiles.sample}
+
+
+def _select_constexprs(
+    k: int, capacity: int, parts: int, tiles: Tiling, vector: int, block_size: int
+) -> dict[str, object]:
+    sizes = {"K": k, "CAPACITY": capacity, "TILE": tiles.tile, "PARTS": parts, "VECTOR": vector}
+    return {**sizes, "BLOCK_SIZE": block_size}
 
 
 def compilations(capability: tuple[int, int]) -> Iterator[Compilation]:
@@ -285,8 +334,9 @@ def compilations(capability: tuple[int, int]) -> Iterator[Compilation]:
     k, tiles = 2048, tiling(capability)
     capacity = _capacity(k, tiles)
     rows: dict[str, str] = {"logits_ptr": "*fp32", "num_keys_ptr": "*i32"}
+    results: dict[str, str] = dict.fromkeys(("request_ids_ptr", "block_table_ptr", "topk_slot_ptr"), "*i32")
     lists: dict[str, str] = {"lists_ptr": "*i32", "counts_ptr": "*i32"}
-    strides: dict[str, str] = {"logits_stride": "i32", "topk_pos_stride": "i32"}
+    strides: dict[str, str] = dict.fromkeys(("logits_stride", "block_table_stride", "topk_slot_stride"), "i32")
     sizes = [(0, capacity // 2), *((parts, capacity) for parts in (0, 1, *tiles.splits))]
     for parts, size in sizes:
         name = f"{parts} parts" if parts else f"rows of {size}"
@@ -297,8 +347,8 @@ def compilations(capability: tuple[int, int]) -> Iterator[Compilation]:
             yield Compilation(
                 name=f"topk_select {name}, {num_rows} rows",
                 kernel=_select_kernel,
-                signature={**rows, "topk_pos_ptr": "*i32", **lists, **strides},
-                constexprs=_select_constexprs(k, size, parts, tiles, vector=4),
+                signature={**rows, **results, **lists, **strides},
+                constexprs=_select_constexprs(k, size, parts, tiles, vector=4, block_size=64),
                 num_warps=options["num_warps"],
                 num_stages=1,
                 max_registers=options["maxnreg"],

@@ -64,7 +64,8 @@ def _run(kernels: KernelSet, problem: Problem, num_requests: int, num_tokens: in
     device = torch.device(problem.device_type)
     scored = min(width, problem.topk + 1)
     per_token = torch.full((num_tokens,), scored, dtype=torch.int32, device=device)
-    topk_pos = torch.empty((num_tokens, problem.topk), dtype=torch.int32, device=device)
+    block_table = torch.zeros((num_requests, -(-width // _BLOCK_SIZE)), dtype=torch.int32, device=device)
+    topk_slot = torch.empty((num_tokens, problem.topk), dtype=torch.int32, device=device)
     select(
         kernels,
         torch.zeros((num_tokens, problem.num_index_heads, problem.index_head_dim), device=device).to(
@@ -72,12 +73,14 @@ def _run(kernels: KernelSet, problem: Problem, num_requests: int, num_tokens: in
         ),
         torch.zeros((num_tokens, problem.num_index_heads), device=device),
         torch.zeros((1, _BLOCK_SIZE, INDEX_KEY_NBYTES), dtype=torch.uint8, device=device),
-        torch.zeros((num_requests, -(-width // _BLOCK_SIZE)), dtype=torch.int32, device=device),
+        block_table,
         torch.zeros_like(per_token),
         per_token,
         per_token,
         width,
-        topk_pos,
+        block_table,
+        _BLOCK_SIZE,
+        topk_slot,
     )
     row = problem.kv_lora_rank + problem.rope_dim
     fp8 = problem.cache_format == FP8_DS_MLA
@@ -88,7 +91,7 @@ def _run(kernels: KernelSet, problem: Problem, num_requests: int, num_tokens: in
             dtype=torch.uint8 if fp8 else problem.dtype,
             device=device,
         ),
-        torch.zeros_like(topk_pos),
+        torch.zeros_like(topk_slot),
         torch.full_like(per_token, _FEW_KEYS),
         1.0,
     )

@@ -30,7 +30,7 @@ __all__ = ["Dsv32DecoderLayer", "Dsv32ForCausalLM", "Dsv32MoEModel", "make_topk_
 
 
 def make_topk_indices_buffer(vllm_config: "VllmConfig", dims: ModelDims) -> torch.Tensor:
-    """The scratch that all layers select into, int32 ``[max_num_batched_tokens, K]``."""
+    """The scratch that all layers select slots into, int32 ``[max_num_batched_tokens, K]``."""
     shape = (vllm_config.scheduler_config.max_num_batched_tokens, dims.topk)
     return torch.empty(shape, dtype=torch.int32, device=vllm_config.device_config.device)
 
