@@ -52,6 +52,8 @@ class Tiling:
     """Of one that has not."""
     max_registers: int | None
     """A thread's, of one that has not."""
+    max_short_registers: int | None
+    """The same where a row is half as long, or less."""
     num_list_warps: int
     """Of a program that lists."""
     max_list_registers: int | None
@@ -71,6 +73,7 @@ def tiling(capability: tuple[int, int] | None) -> Tiling:
             num_lone_warps=1,
             num_warps=1,
             max_registers=None,
+            max_short_registers=None,
             num_list_warps=1,
             max_list_registers=None,
         )
@@ -84,6 +87,7 @@ def tiling(capability: tuple[int, int] | None) -> Tiling:
         num_lone_warps=8,
         num_warps=8,
         max_registers=128 if capability < (10, 0) else 168,  # of 128, the compiler spills too many there
+        max_short_registers=64,
         num_list_warps=4,
         max_list_registers=128,
     )
@@ -314,7 +318,7 @@ def _capacity(k: int, tiles: Tiling) -> int:
 def _select_options(num_rows: int, short: bool, tiles: Tiling) -> dict[str, Any]:
     if num_rows <= tiles.num_lone_rows:
         return {"num_warps": max(1, tiles.num_lone_warps // 2 if short else tiles.num_lone_warps), "maxnreg": None}
-    return {"num_warps": tiles.num_warps, "maxnreg": tiles.max_registers}
+    return {"num_warps": tiles.num_warps, "maxnreg": tiles.max_short_registers if short else tiles.max_registers}
 
 
 def _list_constexprs(k: int, capacity: int, parts: int, tiles: Tiling, vector: int) -> dict[str, object]:
