@@ -28,7 +28,7 @@ from engine.harness import Completion
 from engine.oracle import oracle_logits
 
 ROW_TOLERANCE = {"auto": 1e-3, "fp8": 4e-3}
-FP8_TENSOR_CORES = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+FP8_TENSOR_CORES = torch.cuda.is_available() and torch.cuda.get_device_capability() in ((8, 9), (9, 0))
 SHARE_WITHIN = {"auto": 0.80, "fp8": 0.80} if FP8_TENSOR_CORES else {"auto": 0.95, "fp8": 0.90}
 WORST_ROW = 0.5
 BFLOAT16_KL = 4e-4

@@ -1,6 +1,9 @@
 """Steps without a batch, as profiling and idle data-parallel ranks make them, leave no trace."""
 
+import itertools
+
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.checkpoints import TOPK, checkpoint, prompts
 from engine.harness import attention_layers, complete, engine
@@ -36,3 +39,31 @@ def test_without_a_batch_the_output_is_zero():
         llm.engine_core.engine_core.execute_dummy_batch()
     assert outputs
     assert all(bool((output == 0).all()) for output in outputs)
+
+
+class Allocations(TorchDispatchMode):
+    """The elements of each tensor that is made of another one, without a value."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_elements = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.new_empty.default:
+            self.num_elements.append(result.numel())
+        return result
+
+
+def test_without_a_batch_memory_is_taken_as_with_one():
+    """So that what vLLM finds to be left is left."""
+    batches = []
+    with engine(checkpoint("experts, YaRN"), enforce_eager=True) as llm:
+        layers = attention_layers(llm)
+        layers[0].register_forward_pre_hook(lambda _layer, arguments: batches.append(len(arguments[0])))
+        with Allocations() as allocations:
+            llm.engine_core.engine_core.execute_dummy_batch()
+    (num_tokens,) = batches
+    taken = [num_tokens * layers[0].num_heads * (512 + 64 + 512), num_tokens * 512]
+    pairs = list(itertools.pairwise(allocations.num_elements))
+    assert pairs.count(tuple(taken)) == len(layers)

@@ -7,6 +7,7 @@ from kernels import naive
 from kernels.inputs import PROBLEM, index_cache
 from vllm_dsv32.kernels import selection, warmup
 from vllm_dsv32.kernels.dispatch import select_kernels
+from vllm_dsv32.kernels.sparse_mla_join_triton import split_count
 from vllm_dsv32.layout import index_key_views
 
 ON_A_CPU = replace(PROBLEM, device_type="cpu", capability=None, topk=24)
@@ -76,22 +77,40 @@ def test_slots_are_of_the_latent_cache(generator):
 
 def test_warming_up_covers_decode_speculation_and_prefill(monkeypatch):
     """With the references; no GPU is needed to see which batches are run, and that the inputs fit the contracts."""
-    batches = []
+    scored, attended = [], []
 
     def score(q_fp8, weights, cache, block_table, request_ids, num_keys, width):
-        batches.append((len(block_table), len(q_fp8), width))
+        assert cache.shape[1] == 32
+        scored.append((len(block_table), len(q_fp8), width))
         return KERNELS.index_logits(q_fp8, weights, cache, block_table, request_ids, num_keys, width)
 
-    monkeypatch.setattr(warmup, "select_kernels", lambda *_: replace(KERNELS, index_logits=score))
-    run = warmup._run
-    monkeypatch.setattr(warmup, "_run", lambda kernels, problem, *shape: run(kernels, ON_A_CPU, *shape))
-    warmup.warm_up.__wrapped__(replace(ON_A_CPU, device_type="cuda"), (), 100, 40, 6)
+    def attend(q, cache, *rest):
+        assert cache.shape[1] == 32
+        attended.append(len(q))
+        return KERNELS.sparse_mla(q, cache, *rest)
+
+    monkeypatch.setattr(
+        warmup, "select_kernels", lambda *_: replace(KERNELS, index_logits=score, sparse_mla=attend)
+    )
+    for name in ("_select", "_attend"):
+        run = getattr(warmup, name)
+        monkeypatch.setattr(warmup, name, lambda kernels, _, *shape, run=run: run(kernels, ON_A_CPU, *shape))
+    warmup.warm_up.__wrapped__(replace(ON_A_CPU, device_type="cuda"), (), 32, 100, 40, 6)
     shapes = [(1, 1), (1, 1), (2, 2), (1, 2), (4, 4), (1, 4), (1, 8), (1, 16), (1, 32), (1, 40)]
-    assert batches == [
+    assert scored == [
         (num_requests, num_tokens, width) for num_requests, num_tokens in shapes for width in (48, 96, 100)
     ]
+    assert set(attended) == set(range(1, 41))
+
+
+@pytest.mark.parametrize("num_multiprocessors", [58, 84, 108, 132, 142, 148, 188])
+@pytest.mark.parametrize("num_concurrent", [1, 2, 3])
+@pytest.mark.parametrize("tile_size", [32, 64, 128])
+def test_beyond_what_is_warmed_up_keys_are_never_split(num_multiprocessors, num_concurrent, tile_size):
+    most = num_multiprocessors * num_concurrent
+    assert all(split_count(n, 2048, most, tile_size) == 1 for n in range(warmup._SPLIT_TOKENS, 4096))
 
 
 def test_off_cuda_nothing_is_warmed_up(monkeypatch):
-    monkeypatch.setattr(warmup, "_run", None)
-    warmup.warm_up.__wrapped__(ON_A_CPU, (), 100, 40, 6)
+    monkeypatch.setattr(warmup, "select_kernels", None)
+    warmup.warm_up.__wrapped__(ON_A_CPU, (), 64, 100, 40, 6)

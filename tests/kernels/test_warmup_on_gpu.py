@@ -8,10 +8,11 @@ import triton
 
 from kernels.inputs import PROBLEM
 from vllm_dsv32.kernels.dispatch import select_kernels
-from vllm_dsv32.kernels.warmup import _run, warm_up
+from vllm_dsv32.kernels.warmup import _attend, _select, warm_up
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
+BLOCK_SIZE = 128
 MAX_NUM_KEYS = 70_000
 MAX_NUM_TOKENS = 8192
 MAX_NUM_REQUESTS = 64
@@ -38,7 +39,7 @@ def test_nothing_is_compiled_while_serving(monkeypatch, cache_format):
         num_index_heads=64,
         topk=2048,
     )
-    warm_up.__wrapped__(problem, (), MAX_NUM_KEYS, MAX_NUM_TOKENS, MAX_NUM_REQUESTS)
+    warm_up.__wrapped__(problem, (), BLOCK_SIZE, MAX_NUM_KEYS, MAX_NUM_TOKENS, MAX_NUM_REQUESTS)
     compiled = []
     monkeypatch.setattr(
         triton.knobs.runtime, "jit_post_compile_hook", lambda **about: compiled.append(about["repr"])
@@ -48,7 +49,8 @@ def test_nothing_is_compiled_while_serving(monkeypatch, cache_format):
     for name, steps in STEPS.items():
         for step in steps:
             compiled.clear()
-            _run(kernels, problem, *step)
+            _select(kernels, problem, BLOCK_SIZE, *step)
+            _attend(kernels, problem, BLOCK_SIZE, [step[1]])
             if compiled:
                 late[name, step] = list(compiled)
     assert not late

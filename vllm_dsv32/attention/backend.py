@@ -8,7 +8,10 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from vllm_dsv32.attention.metadata import CacheMetadataBuilder, DsaMetadataBuilder
 
-__all__ = ["IndexKeyBackend", "SparseMlaBackend"]
+__all__ = ["GPU_BLOCK_SIZE", "IndexKeyBackend", "SparseMlaBackend"]
+
+GPU_BLOCK_SIZE = 64
+"""Tokens a page on GPUs, unless the user names a multiple of it."""
 
 
 class SparseMlaBackend(AttentionBackend):
@@ -35,8 +38,8 @@ class SparseMlaBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[int | MultipleOf]:
-        """64 is what a program on a GPU reads at once; 16 is forced on CPUs without AMX."""
-        return [MultipleOf(64 if current_platform.is_cuda() else 16)]
+        """What a program on a GPU reads at once; 16 is forced on CPUs without AMX."""
+        return [MultipleOf(GPU_BLOCK_SIZE if current_platform.is_cuda() else 16)]
 
     @classmethod
     def is_mla(cls) -> bool:

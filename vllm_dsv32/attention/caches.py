@@ -49,7 +49,7 @@ class PagedCache(torch.nn.Module, AttentionLayerBase):
         """The page format."""
 
     def metadata(self) -> CacheMetadata | None:
-        """The current step's, or None in a dummy run (profiling, idle data-parallel ranks)."""
+        """The current step's; None when vLLM profiles, and in its V1 runner on idle data-parallel ranks."""
         metadata = get_forward_context().attn_metadata
         # A list holds one dict a micro-batch; vLLM narrows the context to the one that runs.
         if isinstance(metadata, list):

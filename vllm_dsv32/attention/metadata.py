@@ -102,7 +102,8 @@ class DsaMetadataBuilder(CacheMetadataBuilder):
         self._max_model_len = vllm_config.model_config.max_model_len
         max_num_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         # Captured graphs read a step's values from where those of the capture were: four rows of one buffer.
-        self._per_token = torch.zeros((4, max_num_tokens), dtype=torch.int32, device=device)
+        # Each begins at a multiple of 16 bytes, for which the kernels that read them are compiled.
+        self._per_token = torch.zeros((4, -(-max_num_tokens // 4) * 4), dtype=torch.int32, device=device)
 
     def build(
         self,

@@ -10,6 +10,7 @@ from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_maybe_dequant_weights
 
+from vllm_dsv32.attention.backend import GPU_BLOCK_SIZE
 from vllm_dsv32.attention.caches import IndexKeyCache, LatentCache
 from vllm_dsv32.attention.derived_weights import set_buffer
 from vllm_dsv32.attention.metadata import DsaMetadata
@@ -21,7 +22,7 @@ from vllm_dsv32.kernels.index_insert import IndexKeys
 from vllm_dsv32.kernels.index_query import IndexQueries
 from vllm_dsv32.kernels.latent_insert import Latents
 from vllm_dsv32.kernels.mla_query import MlaQueries
-from vllm_dsv32.kernels.selection import select
+from vllm_dsv32.kernels.selection import LOGITS_NBYTES, select
 from vllm_dsv32.kernels.warmup import warm_up
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class SparseAttention(LatentCache):
         vllm_config = get_current_vllm_config()
         problem, overrides = kernel_problem(vllm_config, self.kv_cache_dtype), kernel_overrides(vllm_config)
         self.kernels = select_kernels(problem, overrides)
+        self._max_model_len = vllm_config.model_config.max_model_len
         group = get_tp_group()
         self._share = SelectionShare(
             group.rank_in_group,
@@ -85,11 +87,13 @@ class SparseAttention(LatentCache):
             partial(group.all_gather, dim=0),
             shared_selection_from(vllm_config),
         )
+        cache_config = vllm_config.cache_config
         self._warm_up = partial(
             warm_up,
             problem,
             tuple(sorted(overrides.items())),
-            vllm_config.model_config.max_model_len,
+            cache_config.block_size if cache_config.user_specified_block_size else GPU_BLOCK_SIZE,
+            self._max_model_len,
             vllm_config.scheduler_config.max_num_batched_tokens,
             vllm_config.scheduler_config.max_num_seqs,
         )
@@ -111,6 +115,14 @@ class SparseAttention(LatentCache):
         set_buffer(self, "w_uk_t", w_uk_t.contiguous())
         set_buffer(self, "w_uv", w_uv_t.transpose(1, 2).contiguous())
         self._warm_up()
+
+    def _take_memory(self, q: torch.Tensor) -> None:
+        """Take, and give back, what a batch of so many tokens takes, as vLLM measures it to size the caches."""
+        num_tokens, topk = q.shape[0], self.topk_indices_buffer.shape[1]
+        row = 2 * self.dims.kv_lora_rank + self.dims.rope_dim  # of the absorbed query, and of the result
+        num_scores = min(LOGITS_NBYTES // 4, num_tokens * self._max_model_len) if self._max_model_len > topk else 0
+        held = [q.new_empty((num_tokens, self.num_heads, row)), q.new_empty(num_scores, dtype=torch.float32)]
+        del held
 
     @eager_break_during_capture
     def forward(
@@ -144,6 +156,7 @@ class SparseAttention(LatentCache):
         if metadata is None or index_metadata is None:
             # Data-parallel ranks without work must agree on what the experts see.
             output.zero_()
+            self._take_memory(q)
             return
         assert isinstance(metadata, DsaMetadata)
         num_tokens = metadata.num_actual_tokens

@@ -1,6 +1,6 @@
 """Compiling, before the first request, what a batch's shape decides on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import torch
@@ -11,14 +11,16 @@ from vllm_dsv32.layout import FP8_DS_MLA, INDEX_KEY_NBYTES, LATENT_FP8_NBYTES
 
 __all__ = ["warm_up"]
 
-_BLOCK_SIZE = 64
 _FEW_KEYS = 8
+_SPLIT_TOKENS = 1024
+"""From so many tokens on, attention fills any GPU without splits."""
 
 
 @cache
 def warm_up(
     problem: Problem,
     overrides: tuple[tuple[str, str], ...],
+    block_size: int,
     max_num_keys: int,
     max_num_tokens: int,
     max_num_requests: int,
@@ -30,6 +32,7 @@ def warm_up(
     Args:
         problem: of the layers.
         overrides: operation and name of an implementation, as the user insists on.
+        block_size: of both caches.
         max_num_keys: of a token.
         max_num_tokens: of a step.
         max_num_requests: of a step.
@@ -40,7 +43,10 @@ def warm_up(
     for num_requests, num_tokens in _batches(max_num_tokens, max_num_requests):
         # Rows of logits that fit the registers are held there, in sizes of a power of two.
         for width in sorted({min(max_num_keys, n * problem.topk) for n in (2, 4)} | {max_num_keys}):
-            _run(kernels, problem, num_requests, min(num_tokens, LOGITS_NBYTES // (4 * width) or 1), width)
+            num_rows = min(num_tokens, LOGITS_NBYTES // (4 * width) or 1)
+            _select(kernels, problem, block_size, num_requests, num_rows, width)
+    # Into how many splits keys are divided depends on the GPU and goes up and down with the tokens: try all.
+    _attend(kernels, problem, block_size, [*range(1, min(max_num_tokens, _SPLIT_TOKENS) + 1), max_num_tokens])
 
 
 def _batches(max_num_tokens: int, max_num_requests: int) -> Iterator[tuple[int, int]]:
@@ -60,38 +66,45 @@ def _doubling(end: int) -> Iterator[int]:
     yield end
 
 
-def _run(kernels: KernelSet, problem: Problem, num_requests: int, num_tokens: int, width: int) -> None:
+def _select(
+    kernels: KernelSet, problem: Problem, block_size: int, num_requests: int, num_tokens: int, width: int
+) -> None:
     device = torch.device(problem.device_type)
     scored = min(width, problem.topk + 1)
     per_token = torch.full((num_tokens,), scored, dtype=torch.int32, device=device)
-    block_table = torch.zeros((num_requests, -(-width // _BLOCK_SIZE)), dtype=torch.int32, device=device)
-    topk_slot = torch.empty((num_tokens, problem.topk), dtype=torch.int32, device=device)
+    block_table = torch.zeros((num_requests, -(-width // block_size)), dtype=torch.int32, device=device)
     select(
         kernels,
         torch.zeros((num_tokens, problem.num_index_heads, problem.index_head_dim), device=device).to(
             torch.float8_e4m3fn
         ),
         torch.zeros((num_tokens, problem.num_index_heads), device=device),
-        torch.zeros((1, _BLOCK_SIZE, INDEX_KEY_NBYTES), dtype=torch.uint8, device=device),
+        torch.zeros((1, block_size, INDEX_KEY_NBYTES), dtype=torch.uint8, device=device),
         block_table,
         torch.zeros_like(per_token),
         per_token,
         per_token,
         width,
         block_table,
-        _BLOCK_SIZE,
-        topk_slot,
+        block_size,
+        torch.empty((num_tokens, problem.topk), dtype=torch.int32, device=device),
     )
+
+
+def _attend(kernels: KernelSet, problem: Problem, block_size: int, batches: Sequence[int]) -> None:
+    """Once for each number of tokens."""
+    device = torch.device(problem.device_type)
+    most = max(batches)
     row = problem.kv_lora_rank + problem.rope_dim
     fp8 = problem.cache_format == FP8_DS_MLA
-    kernels.sparse_mla(
-        torch.zeros((num_tokens, problem.num_heads, row), dtype=problem.dtype, device=device),
-        torch.zeros(
-            (1, _BLOCK_SIZE, LATENT_FP8_NBYTES if fp8 else row),
-            dtype=torch.uint8 if fp8 else problem.dtype,
-            device=device,
-        ),
-        torch.zeros_like(topk_slot),
-        torch.full_like(per_token, _FEW_KEYS),
-        1.0,
+    q = torch.zeros((most, problem.num_heads, row), dtype=problem.dtype, device=device)
+    cache = torch.zeros(
+        (1, block_size, LATENT_FP8_NBYTES if fp8 else row),
+        dtype=torch.uint8 if fp8 else problem.dtype,
+        device=device,
     )
+    topk_slot = torch.zeros((most, problem.topk), dtype=torch.int32, device=device)
+    num_valid = torch.full((most,), _FEW_KEYS, dtype=torch.int32, device=device)
+    for num_tokens in batches:
+        tokens = slice(num_tokens)
+        kernels.sparse_mla(q[tokens], cache, topk_slot[tokens], num_valid[tokens], 1.0)
