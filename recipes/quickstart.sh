@@ -29,6 +29,18 @@ readonly BIN=$PWD/.venv/bin
 # A proxy of the user's must not stand between us and this machine.
 export no_proxy="127.0.0.1,localhost${no_proxy:+,$no_proxy}" NO_PROXY="127.0.0.1,localhost${NO_PROXY:+,$NO_PROXY}"
 
+healthy() {
+    "$BIN/python" - "$port" 2>/dev/null <<'PY'
+import sys, urllib.request
+opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+sys.exit(opener.open(f"http://127.0.0.1:{sys.argv[1]}/health", timeout=5).status != 200)
+PY
+}
+if [[ -n $port ]] && healthy; then
+    echo "quickstart: http://127.0.0.1:$port answers already: stop that server, or give another port" >&2
+    exit 1
+fi
+
 work=$(mktemp -d "${TMPDIR:-/tmp}/vllm-dsv32.XXXXXX")
 readonly log=$work/server.log
 server=
@@ -85,24 +97,20 @@ VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} "${serve[@]}" >"$log" 2>&1 &
 server=$!
 set +m
 
-healthy() {
-    "$BIN/python" - "$port" 2>/dev/null <<'PY'
-import sys, urllib.request
-opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-sys.exit(opener.open(f"http://127.0.0.1:{sys.argv[1]}/health", timeout=5).status != 200)
-PY
+fail_if_ended() {
+    kill -0 "$server" 2>/dev/null && return
+    echo "quickstart: the server ended before it was ready" >&2
+    exit 1
 }
 until healthy; do
-    if ! kill -0 "$server" 2>/dev/null; then
-        echo "quickstart: the server ended before it was ready" >&2
-        exit 1
-    fi
+    fail_if_ended
     if ((SECONDS - start > 300)); then
         echo "quickstart: the server was not ready within 300 s" >&2
         exit 1
     fi
     sleep 1
 done
+fail_if_ended # or another server, started meanwhile, is what answers
 echo "Ready after $((SECONDS - start)) s on http://127.0.0.1:$port"
 echo
 PYTHONPATH=$PWD/eval "$BIN/python" -m small_model.demo --base-url "http://127.0.0.1:$port/v1"
