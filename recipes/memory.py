@@ -6,6 +6,7 @@ Weights are counted tensor by tensor as this plugin and vLLM place them: experts
 stage, heads and dense MLPs over tensor-parallel ranks; the indexer and the down-projections of attention are whole.
 Every rank has the caches of its stage's layers whole: neither can be split by heads. Activations, graphs and
 communication buffers are not counted but assumed (--overhead-gib); vLLM measures them and logs the outcome.
+The exit status is 0 if the model fits, 1 if it does not.
 """
 
 import argparse
@@ -129,8 +130,8 @@ def _rank_nbytes(spec: TensorSpec, deployment: Deployment) -> float:
     return math.prod(spec.shape) * bits / 8 / parts
 
 
-def report(deployment: Deployment, gpu_gib: float, utilization: float, overhead_gib: float) -> str:
-    """The answer, a fact a line."""
+def report(deployment: Deployment, gpu_gib: float, utilization: float, overhead_gib: float) -> tuple[str, bool]:
+    """The answer, a fact a line, and whether the model fits."""
     held = stages(deployment)
     context = PUBLISHED["max_position_embeddings"]
     weights = max(stage.weight_nbytes for stage in held)
@@ -149,21 +150,37 @@ def report(deployment: Deployment, gpu_gib: float, utilization: float, overhead_
             f"{cache_format:<5} {per_token:>8,} B a token: {tokens // 1000:>6,} thousand tokens"
             f"{_replicas(deployment)}, {tokens / context:.1f} requests of {context:,} tokens"
         )
-    if min(left) <= 0:
+    fits = min(left) > 0
+    if not fits:
         lines.append("Does not fit.")
-    return "\n".join(lines)
+    return "\n".join(lines), fits
 
 
 def _replicas(deployment: Deployment) -> str:
     return f" in each of {deployment.data_parallel} replicas" if deployment.data_parallel > 1 else ""
 
 
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {count}")
+    return count
+
+
+def _tensor_parallel_size(text: str) -> int:
+    size, num_heads = _count(text), PUBLISHED["num_attention_heads"]
+    if num_heads % size:
+        raise argparse.ArgumentTypeError(f"expected a divisor of the model's {num_heads} heads, got {size}")
+    return size
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the answer; 0 if the model fits, 1 if not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu-gib", type=float, required=True, help="memory of a GPU, as torch reports it")
-    parser.add_argument("--tensor-parallel-size", type=int, default=1)
-    parser.add_argument("--pipeline-parallel-size", type=int, default=1)
-    parser.add_argument("--data-parallel-size", type=int, default=1)
+    parser.add_argument("--tensor-parallel-size", type=_tensor_parallel_size, default=1)
+    parser.add_argument("--pipeline-parallel-size", type=_count, default=1)
+    parser.add_argument("--data-parallel-size", type=_count, default=1)
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.92, help="default: vLLM's, 0.92")
     parser.add_argument("--overhead-gib", type=float, default=6.0, help="neither weights nor caches; default 6")
     parser.add_argument("--draft", action="store_true", help="load the multi-token-prediction layer")
@@ -178,8 +195,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         expert_bits=options.expert_bits,
         linear_bits=options.linear_bits,
     )
-    print(report(deployment, options.gpu_gib, options.gpu_memory_utilization, options.overhead_gib))
-    return 0
+    text, fits = report(deployment, options.gpu_gib, options.gpu_memory_utilization, options.overhead_gib)
+    print(text)
+    return 0 if fits else 1
 
 
 if __name__ == "__main__":

@@ -50,8 +50,25 @@ def test_the_draft_layer_is_one_more_layer():
 
 @pytest.mark.parametrize(("gpu_gib", "fits"), [(79, False), (139, True)])
 def test_what_does_not_fit_is_said(capsys, gpu_gib, fits):
-    memory.main(["--gpu-gib", str(gpu_gib), "--tensor-parallel-size", "8"])
+    status = memory.main(["--gpu-gib", str(gpu_gib), "--tensor-parallel-size", "8"])
     assert ("Does not fit." in capsys.readouterr().out) == (not fits)
+    assert status == (0 if fits else 1)
+
+
+@pytest.mark.parametrize(
+    ("flag", "size", "message"),
+    [
+        ("--tensor-parallel-size", "3", "expected a divisor of the model's 128 heads, got 3"),
+        ("--tensor-parallel-size", "0", "expected 1 or more, got 0"),
+        ("--pipeline-parallel-size", "0", "expected 1 or more, got 0"),
+        ("--data-parallel-size", "-1", "expected 1 or more, got -1"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(capsys, flag, size, message):
+    with pytest.raises(SystemExit) as refused:
+        memory.main(["--gpu-gib", "139", flag, size])
+    assert refused.value.code == 2
+    assert f"argument {flag}: {message}" in capsys.readouterr().err
 
 
 @pytest.fixture
