@@ -18,7 +18,8 @@ class Filter:
 
         priority: int = Field(default=0, description="Filters of a higher priority run later")
         models: str = Field(
-            default="", description="Only for models with one of these words in their id, by commas; empty: all"
+            default="deepseek",
+            description="Only for models with one of these words in their id, by commas; empty: all",
         )
 
     def __init__(self) -> None:

@@ -4,10 +4,12 @@
 
 The tools are stand-ins. Within a question the model gets back what it thought before its calls, so it goes on
 where it was. With the next question these thoughts are cleared: the prompt no longer holds them anyway.
+A key, if the server wants one, is read from OPENAI_API_KEY.
 """
 
 import argparse
 import json
+import os
 from typing import Any
 
 from openai import OpenAI
@@ -57,9 +59,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base-url", default="http://127.0.0.1:8000/v1")
     parser.add_argument("--model", required=True, help="the name that /v1/models shows")
-    parser.add_argument("--max-tokens", type=int, help="of a reply; random weights need a bound")
+    parser.add_argument("--max-tokens", type=int, help="of a reply; one that is cut there ends the run")
     arguments = parser.parse_args()
-    client = OpenAI(base_url=arguments.base_url, api_key="none")
+    client = OpenAI(base_url=arguments.base_url, api_key=os.environ.get("OPENAI_API_KEY") or "none")
     history: list[dict[str, Any]] = []
     for number, question in enumerate(QUESTIONS, 1):
         print(f"Question {number}: {question}\n")
@@ -78,12 +80,17 @@ def answer(client: OpenAI, model: str, history: list[dict[str, Any]], number: in
             tools=TOOLS,
             extra_body={"chat_template_kwargs": {"thinking": True}},
         )
-        message = completion.choices[0].message
+        choice = completion.choices[0]
+        message = choice.message
         reasoning = getattr(message, "reasoning", None)
         calls = message.tool_calls or []
         print(f"Turn {number}.{round_number}")
         print(f"  reasoning: {reasoning}")
         print(f"  content: {message.content}")
+        if choice.finish_reason == "length":
+            raise SystemExit("tool_loop: a reply was cut: raise --max-tokens, or the server's --max-model-len")
+        if not calls and not message.content:
+            raise SystemExit("tool_loop: a reply has neither content nor calls: a model with trained weights?")
         reply = {"role": "assistant", "content": message.content, "reasoning": reasoning}
         if calls:
             reply["tool_calls"] = [call.model_dump() for call in calls]

@@ -6,13 +6,14 @@ import inspect
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import openai
 import pytest
-from openai.types.chat import ChatCompletionChunk
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from replay.checkpoint import seen_prompts
 from server.process import MODEL, Server
@@ -33,7 +34,7 @@ def run(command: list[str]) -> str:
         env=os.environ | {"PATH": path, "NO_PROXY": "127.0.0.1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -62,21 +63,15 @@ def test_chat_streamed(replay_server: Server):
     assert run_block(replay_server, "stream=True") == "0.11 is less than 0.9.9.9 is larger.\n"
 
 
+def chunk(*choices: dict) -> ChatCompletionChunk:
+    head = {"id": "1", "created": 1, "model": MODEL, "object": "chat.completion.chunk"}
+    return ChatCompletionChunk.model_validate(head | {"choices": list(choices)})
+
+
 def test_chat_streamed_with_the_last_thought_and_the_first_word_in_one_chunk(monkeypatch, capsys):
-    """As a server sends them that falls behind: several tokens become one chunk."""
+    """As a server sends them that falls behind: several tokens become one chunk. The last one holds the usage."""
     deltas = ({"reasoning": "0.11 is"}, {"reasoning": " less.", "content": "9.9 is"}, {"content": " larger."})
-    chunks = [
-        ChatCompletionChunk.model_validate(
-            {
-                "id": "1",
-                "created": 1,
-                "model": MODEL,
-                "object": "chat.completion.chunk",
-                "choices": [{"index": 0, "delta": delta, "finish_reason": None}],
-            }
-        )
-        for delta in deltas
-    ]
+    chunks = [*(chunk({"index": 0, "delta": delta, "finish_reason": None}) for delta in deltas), chunk()]
     monkeypatch.setattr(openai.resources.chat.Completions, "create", lambda *_, **__: chunks)
     exec(block("stream=True")[1], {})
     assert capsys.readouterr().out == "0.11 is less.9.9 is larger.\n"
@@ -128,6 +123,44 @@ def test_tool_loop(replay_server: Server):
     assert "<think>So tomorrow is 2025-12-02.</think>Let me look." in prompts[2]
     assert "</think>Let me look." in prompts[3]
     assert "So tomorrow" not in prompts[3]
+
+
+def completion(finish_reason: str, **message) -> ChatCompletion:
+    choice = {"index": 0, "finish_reason": finish_reason, "message": {"role": "assistant", **message}}
+    head = {"id": "1", "created": 1, "model": MODEL, "object": "chat.completion"}
+    return ChatCompletion.model_validate(head | {"choices": [choice]})
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (completion("length", content="Tomorrow will"), "a reply was cut: raise --max-tokens"),
+        (completion("stop", content=None, reasoning="Hm."), "a reply has neither content nor calls"),
+    ],
+    ids=["cut", "empty"],
+)
+def test_tool_loop_takes_no_unfinished_reply_for_an_answer(monkeypatch, reply, message):
+    monkeypatch.setattr(openai.resources.chat.Completions, "create", lambda *_, **__: reply)
+    monkeypatch.setattr(sys, "argv", ["tool_loop.py", "--model", MODEL])
+    with pytest.raises(SystemExit, match=message):
+        runpy.run_path(str(RECIPES / "tool_loop.py"), run_name="__main__")
+
+
+@pytest.mark.parametrize(("variables", "key"), [({}, "none"), ({"OPENAI_API_KEY": "k"}, "k")], ids=["none", "one"])
+def test_tool_loop_reads_its_key(monkeypatch, variables, key):
+    seen = []
+
+    def create(completions: openai.resources.chat.Completions, **_: object) -> ChatCompletion:
+        seen.append(completions._client.api_key)
+        return completion("stop", content="Cloudy.")
+
+    monkeypatch.setattr(openai.resources.chat.Completions, "create", create)
+    monkeypatch.setattr(sys, "argv", ["tool_loop.py", "--model", MODEL])
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    runpy.run_path(str(RECIPES / "tool_loop.py"), run_name="__main__")
+    assert seen == [key, key]  # of two questions
 
 
 @pytest.mark.parametrize(
@@ -190,7 +223,10 @@ class TestOpenWebUiFilter:
         assert self.call(filter_.inlet, dict(body)) == body | {"chat_template_kwargs": {"thinking": True}}
 
     def test_inlet_leaves_a_request_that_says_itself(self, filter_):
-        body = {"model": "m", "chat_template_kwargs": {"thinking": False, "add_generation_prompt": True}}
+        body = {
+            "model": "deepseek-v3.2",
+            "chat_template_kwargs": {"thinking": False, "add_generation_prompt": True},
+        }
         assert self.call(filter_.inlet, dict(body)) == body
 
     @pytest.mark.parametrize(("models", "applies"), [("", True), ("llama, DeepSeek", True), ("llama,", False)])
@@ -198,6 +234,10 @@ class TestOpenWebUiFilter:
         filter_.valves = filter_.Valves(**{"models": models, "priority": 1})
         body = self.call(filter_.inlet, {"model": "hub.deepseek-v3.2"})
         assert ("chat_template_kwargs" in body) == applies
+
+    def test_models_of_others_are_left_alone_by_default(self, filter_):
+        assert self.call(filter_.inlet, {"model": "gpt-5"}) == {"model": "gpt-5"}
+        assert self.call(filter_.inlet, {"model": "deepseek-ai/DeepSeek-V3.2"}).keys() > {"model"}
 
     def test_outlet_changes_nothing(self, filter_):
         body = {"messages": [{"role": "assistant", "content": "9.9"}]}
