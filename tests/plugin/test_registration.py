@@ -36,7 +36,7 @@ def run(code: str, **environment: str) -> dict:
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
         check=False,
     )
     assert completed.returncode == 0, completed.stdout + completed.stderr
@@ -94,3 +94,12 @@ def test_one_entry_point_and_one_version_range():
     assert project["entry-points"]["vllm.general_plugins"] == {"vllm_dsv32": "vllm_dsv32.plugin:register"}
     (requirement,) = [Requirement(text) for text in project["dependencies"]]
     assert (requirement.name, requirement.specifier) == ("vllm", compat.TESTED_RANGE)
+
+
+def test_what_is_no_python_is_packaged():
+    """py.typed, which tells a user's type checker that the package has annotations."""
+    package = ROOT / "vllm_dsv32"
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    files = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert package / "py.typed" in files
+    assert files == {path for pattern in settings["package-data"]["vllm_dsv32"] for path in package.glob(pattern)}
