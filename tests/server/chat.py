@@ -7,7 +7,7 @@ from server.replies import TOOLS, Answer
 
 
 def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300)
 
 
 def complete(server: Server, messages: list[dict], *, stream: bool = False, **options) -> Answer:

@@ -1,5 +1,6 @@
 """The servers that the tests of this folder share."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +16,18 @@ __all__ = ["MAX_MODEL_LEN", "MODEL", "Server", "serve_replies"]
 MAX_MODEL_LEN = 4096
 
 
+def python_path(folder: Path) -> str:
+    """PYTHONPATH of a server: `folder`, and what ours says; so it runs the plugin that the tests import."""
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory) -> Iterator[Server]:
-    """One over a small random checkpoint, with a probe in each of its processes."""
+    """One over a small random checkpoint, with a probe in each of its processes.
+
+    Its greedy answers are compared. A cached prefix changes the order of sums, and bfloat16 ties of tokens are
+    common: hence the two flags.
+    """
     folder = tmp_path_factory.mktemp("server")
     checkpoint = write_checkpoint(folder / "checkpoint", TinyCheckpointOptions())
     probe = folder / "probe"
@@ -28,8 +38,13 @@ def server(tmp_path_factory) -> Iterator[Server]:
     (distribution / "entry_points.txt").write_text("[vllm.general_plugins]\nprobe = dsv32_probe:register\n")
     notes = folder / "notes"
     notes.mkdir()
-    environment = {"PYTHONPATH": str(probe), "PROBE_FOLDER": str(notes), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with serve(checkpoint, "--max-model-len", str(MAX_MODEL_LEN), **environment) as running:
+    environment = {
+        "PYTHONPATH": python_path(probe),
+        "PROBE_FOLDER": str(notes),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    }
+    flags = ("--max-model-len", str(MAX_MODEL_LEN), "--dtype", "float32", "--no-enable-prefix-caching")
+    with serve(checkpoint, *flags, **environment) as running:
         running.probe_folder = notes
         yield running
 
@@ -42,7 +57,7 @@ def serve_replies(folder: Path, *flags: str):
         # The worker lives in the engine's process: a third of the start-up time is saved.
         *("--distributed-executor-backend", "uni"),
         *flags,
-        PYTHONPATH=str(replay.MODULE_PATH),
+        PYTHONPATH=python_path(replay.MODULE_PATH),
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         NUMBA_NUM_THREADS="1",  # of the prompt lookup; on two cores its threads wait for each other
     )

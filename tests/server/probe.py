@@ -4,14 +4,13 @@ It is put on the server's PYTHONPATH as a distribution of its own. Each process 
 again and again, because a server's children do not end in an orderly way.
 """
 
+import contextlib
 import json
 import os
 import sys
 import threading
 import time
 from pathlib import Path
-
-SURFACES = ("tokenizer", "renderer", "tool_parser", "reasoning_parser")
 
 
 def register() -> None:
@@ -20,11 +19,13 @@ def register() -> None:
 
 def _watch(folder: Path) -> None:
     while True:
-        used = sorted(name for name in list(sys.modules) if name.startswith("vllm_dsv32."))
-        note = {"process": _process_title(), "modules": used, "owners": _owners()}
-        temporary = folder / f"{os.getpid()}.tmp"
-        temporary.write_text(json.dumps(note))
-        temporary.replace(folder / f"{os.getpid()}.json")
+        # While vLLM is imported, its registries are not there or not complete, and sys.modules changes.
+        with contextlib.suppress(AttributeError, KeyError, RuntimeError):
+            used = sorted(name for name in list(sys.modules) if name.startswith("vllm_dsv32."))
+            note = {"process": _process_title(), "modules": used, "owners": _owners()}
+            temporary = folder / f"{os.getpid()}.tmp"
+            temporary.write_text(json.dumps(note))
+            temporary.replace(folder / f"{os.getpid()}.json")
         time.sleep(0.5)
 
 
@@ -33,18 +34,20 @@ def _process_title() -> str:
 
 
 def _owners() -> dict[str, str]:
-    """The registered "module:class" of each name, without importing it."""
-    from vllm.reasoning import ReasoningParserManager
-    from vllm.renderers.registry import RENDERER_REGISTRY
-    from vllm.tokenizers.registry import TokenizerRegistry
-    from vllm.tool_parsers import ToolParserManager
+    """The registered "module:class" of each name, without importing it.
 
+    Nor are the registries imported: vLLM does that in another thread, and the two would get in each other's way.
+    """
+    tokenizers = sys.modules["vllm.tokenizers.registry"].TokenizerRegistry.tokenizers
+    renderers = sys.modules["vllm.renderers.registry"].RENDERER_REGISTRY.renderers
+    tool_parsers = sys.modules["vllm.tool_parsers"].ToolParserManager
+    reasoning_parsers = sys.modules["vllm.reasoning"].ReasoningParserManager
     return {
-        "tokenizer": ":".join(TokenizerRegistry.tokenizers["deepseek_v32"]),
-        "renderer": ":".join(RENDERER_REGISTRY.renderers["deepseek_v32"]),
-        "tool_parser": _parser(ToolParserManager.tool_parsers, ToolParserManager.lazy_parsers, "deepseek_v32"),
+        "tokenizer": ":".join(tokenizers["deepseek_v32"]),
+        "renderer": ":".join(renderers["deepseek_v32"]),
+        "tool_parser": _parser(tool_parsers.tool_parsers, tool_parsers.lazy_parsers, "deepseek_v32"),
         "reasoning_parser": _parser(
-            ReasoningParserManager.reasoning_parsers, ReasoningParserManager.lazy_parsers, "deepseek_v3"
+            reasoning_parsers.reasoning_parsers, reasoning_parsers.lazy_parsers, "deepseek_v3"
         ),
     }
 

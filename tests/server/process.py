@@ -10,12 +10,12 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 MODEL = "deepseek-v3.2-tiny"
-START_SECONDS = 240
+START_SECONDS = 600
 # What users of the plugin give.
 FLAGS = (
     *("--tokenizer-mode", "deepseek_v32", "--tool-call-parser", "deepseek_v32"),
@@ -43,7 +43,7 @@ class Server:
 
     def _open(self, request: urllib.request.Request) -> tuple[int, str]:
         try:
-            with urllib.request.urlopen(request, timeout=120) as response:
+            with urllib.request.urlopen(request, timeout=300) as response:
                 return response.status, response.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
@@ -54,6 +54,7 @@ class Server:
             assert self.process.poll() is None, f"the server ended:\n{self.log.read_text()[-4000:]}"
             try:
                 if self.get("/health")[0] == 200:
+                    assert self.process.poll() is None, "the server ended, and another one answers on its port"
                     return
             except OSError:
                 time.sleep(0.3)
@@ -61,15 +62,36 @@ class Server:
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(timeout=60)
+        return self.process.wait(timeout=180)
 
 
 @contextlib.contextmanager
 def serve(checkpoint: Path, *flags: str, **environment: str) -> Iterator[Server]:
     """A healthy server of `checkpoint`, killed in the end. It logs to server.log beside the checkpoint."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    with held_port() as port:
+        server = start(port, checkpoint, flags, environment)
+        try:
+            server.wait_until_healthy()
+            yield server
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.process.pid, signal.SIGKILL)
+            server.process.wait()
+
+
+@contextlib.contextmanager
+def held_port() -> Iterator[int]:
+    """A free port of 127.0.0.1 that nobody gets by chance.
+
+    It is bound and does not listen, so a server that sets SO_REUSEADDR, as vLLM's does, can still have it.
+    """
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
+
+
+def start(port: int, checkpoint: Path, flags: Sequence[str], environment: Mapping[str, str]) -> Server:
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint)),
         *("--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)),
@@ -85,11 +107,4 @@ def serve(checkpoint: Path, *flags: str, **environment: str) -> Iterator[Server]
             env=os.environ | {"VLLM_LOGGING_LEVEL": "INFO"} | environment,
             start_new_session=True,
         )
-    server = Server(process, f"http://127.0.0.1:{port}", log, checkpoint)
-    try:
-        server.wait_until_healthy()
-        yield server
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    return Server(process, f"http://127.0.0.1:{port}", log, checkpoint)

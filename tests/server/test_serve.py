@@ -1,13 +1,15 @@
 """`vllm serve` with the plugin, as a client sees it. The weights are random: only forms are checked here."""
 
+import contextlib
 import json
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import openai
 import pytest
 
+import vllm_dsv32
 from server.conftest import MAX_MODEL_LEN, MODEL, Server
 
 TOOLS = [
@@ -38,7 +40,7 @@ QUESTION = [{"role": "user", "content": "What is the weather in Berlin tomorrow?
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300)
 
 
 def ask(client: openai.OpenAI, **options):
@@ -150,7 +152,7 @@ def test_eight_requests_at_once_are_answered_as_alone(client):
     alone = [ask(client, messages=question).choices[0].message.content for question in questions]
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda q: ask(client, messages=q).choices[0].message.content, questions))
-    # bfloat16 sums depend on the batch, so a nearly tied token may differ: of eight greedy answers, few do.
+    # Sums depend on the batch, so a nearly tied token may differ: of eight greedy answers, few do.
     assert all(together)
     assert sum(a == b for a, b in zip(alone, together, strict=True)) >= 6
 
@@ -187,7 +189,7 @@ def test_an_impossible_history_is_a_client_error(server, messages, words):
 
 def test_every_process_resolves_our_names_and_uses_our_classes(server, client):
     ask(client)
-    end = time.monotonic() + 20
+    end = time.monotonic() + 120
     wanted = {
         "the API server": {
             "serving.tokenizer",
@@ -198,33 +200,43 @@ def test_every_process_resolves_our_names_and_uses_our_classes(server, client):
         "the engine core": {"serving.tokenizer", "serving.reasoning_parser"},
         "the worker": {"model.deepseek_v32", "attention.sparse_attention"},
     }
-    missing = dict(wanted)
+    missing = set(wanted)
     while missing and time.monotonic() < end:
+        time.sleep(0.5)
         notes = [json.loads(path.read_text()) for path in server.probe_folder.glob("*.json")]
         used = [{module.removeprefix("vllm_dsv32.") for module in note["modules"]} for note in notes]
-        missing = {who: modules for who, modules in wanted.items() if not any(modules <= have for have in used)}
-        time.sleep(0.5)
+        missing = {who for who, modules in wanted.items() if not any(modules <= have for have in used)}
     assert not missing
     assert len(notes) >= 2
-    for note in notes:
-        for surface, owner in note["owners"].items():
-            assert owner.startswith("vllm_dsv32.serving."), (note["process"], surface, owner)
+    # The server has other processes too, which use nothing of ours.
+    for note, have in zip(notes, used, strict=True):
+        if any(modules <= have for modules in wanted.values()):
+            for surface, owner in note["owners"].items():
+                assert owner.startswith("vllm_dsv32.serving."), (note["process"], surface, owner)
+
+
+def live_processes(group: int) -> list[str]:
+    """The command lines of a process group. Who has ended and only waits to be collected is not in it."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            state, _, its_group = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state not in "ZX":
+                found.append(stat.with_name("cmdline").read_text().replace("\0", " "))
+    return found
 
 
 def test_sigterm_ends_every_process(server):
-    """Last in this file: nothing serves after it."""
-    code = server.stop()
-    assert code in (0, -15, 143), server.log.read_text()[-2000:]
-    end = time.monotonic() + 30
-    while time.monotonic() < end:
-        try:
-            os.killpg(server.process.pid, 0)
-        except ProcessLookupError:
-            break
+    """Ends the server of this file, which no other file uses: last, and pytest keeps the order of a file.
+
+    A server of its own would take half a minute of two idle cores, and minutes of busy ones. What vLLM reports
+    meanwhile depends on which process goes first; of the plugin's code, nothing may fail.
+    """
+    group, end = server.process.pid, time.monotonic() + 180
+    assert len(live_processes(group)) > 1
+    server.stop()
+    while (left := live_processes(group)) and time.monotonic() < end:
         time.sleep(0.2)
-    else:
-        raise AssertionError("processes of the server are still running")
-    # On a busy machine vLLM's front end may report that the engine went first, and nothing else may be reported.
-    lines = server.log.read_text().split("Application startup complete")[-1].splitlines()
-    assert not [line for line in lines if "Traceback" in line and "[async_llm.py:" not in line]
-    assert not [line for line in lines if "/vllm_dsv32/" in line]
+    assert not left
+    package = Path(vllm_dsv32.__file__).parent
+    assert f'File "{package}/' not in server.log.read_text()

@@ -130,7 +130,7 @@ class MessagesLoop(ToolLoop):
     """Anthropic's `/v1/messages`. The client sends everything back, thinking too."""
 
     def reply(self):
-        client = anthropic.Anthropic(base_url=self.server.url, api_key="none", max_retries=0, timeout=60)
+        client = anthropic.Anthropic(base_url=self.server.url, api_key="none", max_retries=0, timeout=300)
         options = {
             "model": MODEL,
             "max_tokens": 1000,
