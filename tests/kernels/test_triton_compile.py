@@ -34,7 +34,7 @@ SPILLING = {
 def compile_for(capability: str, *sample: str) -> dict:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(Path(__file__).with_name("compile_kernels.py")), capability, *sample]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert result.returncode == 0, result.stderr[-4000:]
     return json.loads(result.stdout)
 

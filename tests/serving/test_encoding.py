@@ -122,9 +122,9 @@ def test_work_is_linear():
         calls = [call(str(i), "f", '{"a": 1}') for i in range(8)]
         turn = [user("u" * 100), assistant("x", tool_calls=calls, reasoning="r")]
         turn += [result(str(i), "1") for i in reversed(range(8))]
-        start = time.perf_counter()
+        start = time.process_time()
         encode_messages(turn * num_turns, thinking=True)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     seconds(10)
     assert min(seconds(800) for _ in range(3)) < 20 * min(seconds(100) for _ in range(3))

@@ -106,10 +106,10 @@ def test_work_per_piece_does_not_grow(piece):
     def seconds(num_pieces):
         splitter = ThoughtSplitter(is_thinking=True)
         splitter.feed("<｜DSML｜function_calls>")
-        start = time.perf_counter()
+        start = time.process_time()
         for _ in range(num_pieces):
             splitter.feed(piece)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     seconds(100)
     assert min(seconds(16_000) for _ in range(3)) < 40 * min(seconds(2_000) for _ in range(3))

@@ -1,7 +1,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -9,8 +8,7 @@ import pytest
 from vllm_dsv32.tools import cli
 
 
-def test_help_is_instant_and_lists_the_commands() -> None:
-    start = time.monotonic()
+def test_help_imports_nothing_heavy_and_lists_the_commands() -> None:
     code = (
         "import sys\n"
         "from vllm_dsv32.tools.cli import main\n"
@@ -21,7 +19,6 @@ def test_help_is_instant_and_lists_the_commands() -> None:
     assert shown.returncode == 0, shown.stderr
     assert "doctor" in shown.stdout
     assert "make-checkpoint" in shown.stdout
-    assert time.monotonic() - start < 5
 
 
 def test_make_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

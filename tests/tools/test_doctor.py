@@ -53,9 +53,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.Compl
         for name, (flags, variables) in commands.items()
     }
     finished = {}
-    for name, process in started.items():
-        output, errors = process.communicate(timeout=200)
-        finished[name] = subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+    try:
+        for name, process in started.items():
+            output, errors = process.communicate(timeout=600)
+            finished[name] = subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+    finally:
+        for process in started.values():
+            process.kill()
+            process.wait()
     return finished
 
 
