@@ -1,6 +1,6 @@
 """What a token costs by the length of its context, in prefill and in decode, with the plugin and without it.
 
-    python eval/context_cost.py --out FILE.json [--model DIR] [--cache fp8]    (and FILE.png, FILE.md)
+    python eval/context_cost.py --out FILE.json [--model DIR] [--cache fp8]    (and FILE.png, FILE.md, and logs)
     python eval/context_cost.py --redraw FILE.json                             (the figure alone)
 
 Both sides run vLLM's LLM class, in turn on one GPU, by default on a model of the published widths with four layers,
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from engine_runs.reduced_model import REDUCED, given_or_reduced
-from engine_runs.sides import IN_TREE, PLUGIN, Child, say_ready_and_wait, visible_gpus
+from engine_runs.sides import IN_TREE, PLUGIN, Child, add_child_options, say_ready_and_wait, visible_gpus
 from engine_runs.timed_engine import ENGINE_OPTIONS, TimedEngine, Timing, add_engine_options, as_flags, engine_flags
 from results_file import Figure, json_path, local_system, write_results
 from tqdm import tqdm
@@ -84,7 +84,12 @@ def compare(options: argparse.Namespace) -> None:
     import torch
 
     gpu = visible_gpus()[0] if torch.cuda.is_available() else ""
-    folder = Path(tempfile.mkdtemp(prefix="context-cost-"))
+    with tempfile.TemporaryDirectory(prefix="context-cost-") as folder:
+        compare_on(gpu, Path(folder), options)
+
+
+def compare_on(gpu: str, folder: Path, options: argparse.Namespace) -> None:
+    """The same on a GPU, or on the CPU if that is empty; models and what children write go into ``folder``."""
     model = given_or_reduced(options.model, folder)
     system = local_system(REDUCED if options.model is None else model.name, engine_flags(options))
     raw: dict[str, Any] = {}
@@ -115,9 +120,8 @@ def compare(options: argparse.Namespace) -> None:
 def run_side(side: str, gpu: str, model: Path, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """What a child measured."""
     out, log = folder / f"{side}.json", options.out.with_suffix(f".{side}.log")
-    log.parent.mkdir(parents=True, exist_ok=True)
     command = [__file__, "--child", "--model", str(model), "--out", str(out)]
-    child = Child.start(side, side, gpu, [*command, *as_flags(options, _SETTINGS)], log)
+    child = Child.start(side, side, gpu, [*command, *as_flags(options, _SETTINGS)], log, options.timeout)
     print(f"{side}: starting; log in {log}", flush=True)
     child.wait_until_ready()
     child.go()
@@ -199,6 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=16, help="sequences that decode together (default: 16)")
     parser.add_argument("--cache", default="fp8", help="as --kv-cache-dtype (default: fp8)")
     add_engine_options(parser)
+    add_child_options(parser)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.redraw:

@@ -1,6 +1,8 @@
 """Whether the engine with the plugin computes what it computes with vLLM's own implementation of DeepSeek-V3.2.
 
-    python eval/engine_agreement.py --out FILE.json [--model DIR] [--contexts 1024 8192 65536]    (and FILE.md)
+    python eval/engine_agreement.py --out FILE.json [--model DIR] [--contexts 1024 8192 65536]
+
+Writes FILE.md too, and a log of each run beside it.
 
 Both sides load the same checkpoint (by default random weights of the published widths in the published fp8 format)
 and take the same prompts. Compared are the distributions behind the last token of each prompt, and of the prompt
@@ -22,7 +24,7 @@ from typing import Any
 
 import torch
 from engine_runs.reduced_model import write_random_checkpoint
-from engine_runs.sides import IN_TREE, PLUGIN, Child, say_ready_and_wait, visible_gpus
+from engine_runs.sides import IN_TREE, PLUGIN, Child, add_child_options, say_ready_and_wait, visible_gpus
 from results_file import Figure, json_path, local_system, passed, write_results
 
 __all__ = ["difference", "figures_of", "table_of"]
@@ -95,12 +97,13 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> dict[str, float]:
 
 def compare(arguments: argparse.Namespace) -> int:
     """The parent: all runs, then the table of those that did not fail; 1 if one did or a mark is missed."""
-    folder = Path(tempfile.mkdtemp(prefix="engine-agreement-"))
-    model = arguments.model
-    if model is None:
-        model = folder / "model"
-        write_random_checkpoint(model)
-    results = run_all(model, folder, arguments.contexts)
+    gpus = visible_gpus()
+    with tempfile.TemporaryDirectory(prefix="engine-agreement-") as folder:
+        model = arguments.model
+        if model is None:
+            model = Path(folder) / "model"
+            write_random_checkpoint(model)
+        results = run_all(gpus, model, Path(folder), arguments)
     table = table_of(results, arguments.contexts)
     for row in table:
         print(
@@ -116,7 +119,8 @@ def compare(arguments: argparse.Namespace) -> int:
         arguments.out,
         title="Agreement of the engine with vLLM's own implementation",
         system=local_system(
-            "random weights, three layers" if arguments.model is None else model.name, "--linear-backend cutlass"
+            "random weights, three layers" if arguments.model is None else arguments.model.name,
+            "--linear-backend cutlass",
         ),
         settings={"contexts": arguments.contexts, "caches": _CACHES},
         figures=figures,
@@ -130,26 +134,45 @@ def compare(arguments: argparse.Namespace) -> int:
     return int(not passed(figures))
 
 
-def run_all(model: Path, folder: Path, contexts: Sequence[int]) -> dict[Run, dict[int, torch.Tensor]]:
+def run_all(
+    gpus: Sequence[str], model: Path, folder: Path, arguments: argparse.Namespace
+) -> dict[Run, dict[int, torch.Tensor]]:
     """What the children recorded, of those that did not fail."""
-    gpus = visible_gpus()
+
+    def record_of(run: Run) -> Path:
+        side, cache, drafts = run
+        return folder / f"{side}-{cache}{'-mtp' if drafts else ''}.pt"
+
+    def start(run: Run, gpu: str) -> Child:
+        side, cache, drafts = run
+        command = [__file__, "--model", str(model), "--cache", cache, "--record", str(record_of(run))]
+        command += ["--contexts", *map(str, arguments.contexts), *(["--drafts"] if drafts else [])]
+        name = record_of(run).stem
+        log = arguments.out.with_suffix(f".{name}.log")
+        print(f"{name}: starting; log in {log}", flush=True)
+        return Child.start(name, side, gpu, command, log, arguments.timeout)
+
     results: dict[Run, dict[int, torch.Tensor]] = {}
     for begin in range(0, len(RUNS), len(gpus)):
-        children = []
-        for gpu, run in zip(gpus, RUNS[begin : begin + len(gpus)], strict=False):
-            side, cache, drafts = run
-            path = folder / f"{side}-{cache}{'-mtp' if drafts else ''}"
-            command = [__file__, "--model", str(model), "--cache", cache, "--record", f"{path}.pt"]
-            command += ["--contexts", *map(str, contexts), *(["--drafts"] if drafts else [])]
-            children.append((run, path, Child.start(path.name, side, gpu, command, Path(f"{path}.log"))))
-        for run, path, child in children:
+        at_once = zip(gpus, RUNS[begin : begin + len(gpus)], strict=False)
+        children = {run: start(run, gpu) for gpu, run in at_once}
+        # Each goes as soon as it can, and is waited for when all do.
+        going = {}
+        for run, child in children.items():
             try:
                 child.wait_until_ready()
-                child.go()
-                child.wait()
-                results[run] = torch.load(f"{path}.pt")
             except RuntimeError as error:
-                print(error, f"({path}.log)")
+                print(error, flush=True)
+            else:
+                child.go()
+                going[run] = child
+        for run, child in going.items():
+            try:
+                child.wait()
+            except RuntimeError as error:
+                print(error, flush=True)
+            else:
+                results[run] = torch.load(record_of(run))
     return results
 
 
@@ -206,6 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     place.add_argument("--record", type=Path, help=argparse.SUPPRESS)  # what a child writes
     parser.add_argument("--model", type=Path, help="a checkpoint (default: one with random weights is written)")
     parser.add_argument("--contexts", nargs="+", type=int, default=[1024, 8192, 65536])
+    add_child_options(parser)
     parser.add_argument("--drafts", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--cache", default="auto", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

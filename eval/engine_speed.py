@@ -1,6 +1,6 @@
 """Speed of the engine with the plugin and with vLLM's own implementation of DeepSeek-V3.2.
 
-    python eval/engine_speed.py --out FILE.json [--model DIR] [--caches auto fp8]    (and FILE.md)
+    python eval/engine_speed.py --out FILE.json [--model DIR] [--caches auto fp8]    (and FILE.md, and logs)
 
 Both sides run vLLM's LLM class on a model of the published widths with four layers, 16 heads, 32 experts and
 dummy weights. A GPU times one run at a time; with several GPUs, the sides are timed at the same moment.
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from engine_runs.reduced_model import REDUCED, given_or_reduced
-from engine_runs.sides import IN_TREE, PLUGIN, Child, say_ready_and_wait, visible_gpus
+from engine_runs.sides import IN_TREE, PLUGIN, Child, add_child_options, say_ready_and_wait, visible_gpus
 from engine_runs.timed_engine import (
     ENGINE_OPTIONS,
     TimedEngine,
@@ -79,11 +79,11 @@ def row_of(context: int, batch: int, prefill: Timing, decode: Timing) -> Row:
 
 def compare(options: argparse.Namespace) -> int:
     """The parent: all runs, then the table; 1 if a ratio is below the mark."""
-    folder = Path(tempfile.mkdtemp(prefix="engine-speed-"))
-    model = given_or_reduced(options.model, folder)
-    runs = [(side, cache) for cache in options.caches for side in (IN_TREE, PLUGIN)]
     gpus = visible_gpus()
-    results = run_all(runs, gpus, model, folder, options)
+    runs = [(side, cache) for cache in options.caches for side in (IN_TREE, PLUGIN)]
+    with tempfile.TemporaryDirectory(prefix="engine-speed-") as folder:
+        model = given_or_reduced(options.model, Path(folder))
+        results = run_all(runs, gpus, model, Path(folder), options)
     for (side, cache), result in results.items():
         print(f"{side} {cache}: first answer after {result['first_answer_s']:.0f} s")
     table = table_of(options.caches, results)
@@ -122,9 +122,10 @@ def run_all(
         side, cache = run
         path = out_of(run, folder)
         command = [__file__, "--child", "--model", str(model), "--caches", cache, "--out", str(path)]
-        log = path.with_suffix(".log")
+        command += as_flags(options, _SETTINGS)
+        log = options.out.with_suffix(f".{path.stem}.log")
         print(f"{side} {cache}: starting; log in {log}", flush=True)
-        return Child.start(f"{side} {cache}", side, gpu_of[run], [*command, *as_flags(options, _SETTINGS)], log)
+        return Child.start(f"{side} {cache}", side, gpu_of[run], command, log, options.timeout)
 
     # vLLM's own takes minutes to start: they all start before anything is timed.
     children = {run: start(run) for run in runs if run[0] == IN_TREE}
@@ -204,6 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--contexts", nargs="+", type=int, default=[8192, 65536], help="(default: 8192 65536)")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16], help="(default: 1 16)")
     add_engine_options(parser)
+    add_child_options(parser)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import tempfile
 import time
 from types import SimpleNamespace
 
@@ -155,9 +156,16 @@ def test_the_plugins_side_on_a_cpu(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(engine_speed, "run_all", run_plugin)
     monkeypatch.setattr(engine_speed, "visible_gpus", lambda: [""])
+    monkeypatch.setenv("VLLM_PLUGINS", "")  # a side has its own
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     out = tmp_path / "speed.json"
     flags = ("--dtype", "float32", "--step-tokens", "256", "--new-tokens", "32", "--repeats", "3")
     assert engine_speed.main(["--out", str(out), "--model", str(tiny), *SHAPES, *flags]) == 0
+    assert "vllm-dsv32 serves this model" in (tmp_path / "speed.plugin-auto.log").read_text()
+    assert list(temporary.iterdir()) == []
     result = json.loads(out.read_text())
     measured = result["details"]["plugin auto"]
     assert measured["first_answer_s"] > 0
@@ -205,6 +213,12 @@ def test_every_ratio_is_held_to_1(tiny, tmp_path, monkeypatch, capsys, factor, s
     assert capsys.readouterr().out.strip().endswith(f"({factor:.2f})   {word}")
     assert {"vllm-dsv32", "vllm", "torch"} <= result["system"]["versions"].keys()
     assert "is a goal of this project" in out.with_suffix(".md").read_text()
+
+
+def test_without_a_gpu_it_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(SystemExit, match="needs an NVIDIA GPU"):
+        engine_speed.main(["--out", str(tmp_path / "speed.json")])
 
 
 def test_results_need_a_json_file(capsys):
