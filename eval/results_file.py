@@ -103,10 +103,13 @@ def served_system(options: argparse.Namespace) -> System:
         SystemExit: no server answers there, it does not serve the model, or an option contradicts it.
     """
     base_url = options.base_url.rstrip("/")
-    models = _get(f"{base_url}/models")
+    answer = _get(f"{base_url}/models")
+    if answer.status_code == 401:
+        raise SystemExit(f"{base_url}/models: the server wants a key, not what OPENAI_API_KEY is (status 401).")
+    models = _json(answer)
     if models is None:
         raise SystemExit(
-            f"{base_url}/models: expected a list of models, got no JSON. "
+            f"{base_url}/models: expected a list of models, got no JSON, with status {answer.status_code}. "
             "--base-url is that of an OpenAI-compatible server with /v1 at its end, such as http://127.0.0.1:8000/v1."
         )
     by_name = {model["id"]: model for model in models["data"]}
@@ -117,7 +120,7 @@ def served_system(options: argparse.Namespace) -> System:
     if options.server_is_here:
         versions |= installed_versions()
     versions |= dict(_name_and_version(text) for text in options.server_versions)
-    told = (_get(f"{base_url.removesuffix('/v1')}/version") or {}).get("version")
+    told = (_json(_get(f"{base_url.removesuffix('/v1')}/version")) or {}).get("version")
     if told is not None and versions["vllm"] is not None and _public(versions["vllm"]) != _public(told):
         raise SystemExit(
             f"vllm {versions['vllm']} by the options, but the server says {told}. "
@@ -138,18 +141,22 @@ def local_system(model: str, flags: str | None = None) -> System:
     return System(model, installed_versions(), local_device(), flags)
 
 
-def _get(url: str) -> Any:
-    """The JSON of an answer; None if the answer is something else."""
+def _get(url: str) -> requests.Response:
     key = os.environ.get("OPENAI_API_KEY")
     try:
-        answer = requests.get(url, headers={"Authorization": f"Bearer {key}"} if key else {}, timeout=_TIMEOUT_S)
-        return answer.json() if answer.ok else None
-    except requests.JSONDecodeError:
-        return None
+        return requests.get(url, headers={"Authorization": f"Bearer {key}"} if key else {}, timeout=_TIMEOUT_S)
     except requests.RequestException as error:
         raise SystemExit(
             f"{url}: expected a server's answer, got {error}. Is the server up? See --base-url."
         ) from None
+
+
+def _json(answer: requests.Response) -> Any:
+    """None if it is an error, or something else."""
+    try:
+        return answer.json() if answer.ok else None
+    except requests.JSONDecodeError:
+        return None
 
 
 def _public(number: str) -> str:

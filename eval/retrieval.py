@@ -6,20 +6,20 @@
 A text asks for one to three codes that stand anywhere in it, among codes whose names are the same by half. It
 counts as right if the numbers of the answer are those codes, in order, and nothing else. A length is that of the
 prompt and the answer, in the server's own tokens; 128K needs --max-model-len 131072 or more.
-Exits with 1 if the share of a length is below the pass mark.
+Results are written after each length. Exits with 1 if the share of a length is below the pass mark.
 """
 
 import argparse
+import math
 import random
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from results_file import Figure, add_server_options, passed, served_system, write_results
+from results_file import Figure, System, add_server_options, json_path, passed, served_system, write_results
 from serving_runs.chat import Chat
 from serving_runs.haystacks import DEPTH_BANDS, TEXTS, Haystack, codes_in
 from tqdm import tqdm
@@ -30,6 +30,7 @@ __all__ = [
     "Scale",
     "ask_server",
     "attempts",
+    "check_lengths",
     "measure_scale",
     "num_tokens_of",
     "room_in",
@@ -98,6 +99,20 @@ def room_in(length: str, max_tokens: int) -> int:
             f"{length} tokens do not hold a text and an answer of {max_tokens}: a text takes up to {_LEAST_ROOM}"
         )
     return room
+
+
+def check_lengths(lengths: Sequence[str], max_model_len: int | None) -> None:
+    """Compare them with the longest context of the server, where that is known.
+
+    Raises:
+        SystemExit: the server would refuse some of the texts.
+    """
+    too_long = [length for length in lengths if max_model_len is not None and num_tokens_of(length) > max_model_len]
+    if too_long:
+        raise SystemExit(
+            f"The server's --max-model-len is {max_model_len}: it would refuse texts of {', '.join(too_long)}. "
+            "Start it with more, or give shorter --lengths."
+        )
 
 
 def measure_scale(ask: Ask, text: str, longest: int) -> Scale:
@@ -183,17 +198,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-tokens", type=int, default=128, help="of an answer (default: 128)")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for one answer (default: 3600)")
     parser.add_argument("--pass-mark", type=float, default=PASS_MARK, help=f"of each length (default: {PASS_MARK})")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the results here, and to FILE.md")
+    parser.add_argument("--out", type=json_path, metavar="FILE.json", help="write the results here, and to FILE.md")
     options = parser.parse_args(arguments)
     try:
         longest = max(room_in(length, options.max_tokens) for length in options.lengths)
     except ValueError as error:
         parser.error(str(error))
     system = served_system(options)
+    check_lengths(options.lengths, system.max_model_len)
     chat = Chat(options.base_url, system.model, timeout=options.timeout)
     ask = partial(ask_server, chat, thinking=options.thinking)
     scale = measure_scale(ask, options.text, longest)
-    rows, figures, wrong = [], [], []
+    rows: list[dict[str, Any]] = []
+    wrong: list[dict[str, Any]] = []
+    # No length has been measured yet: not a number, which does not pass.
+    figures = {name: Figure(f"right at {name}", math.nan, pass_mark=options.pass_mark) for name in options.lengths}
     for length in options.lengths:
         made = attempts(
             *(ask, options.text, scale, length, options.texts),
@@ -202,21 +221,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         rows.append(summary(length, made))
         share = rows[-1]["right"] / len(made)
-        figures.append(Figure(f"right at {length}", share, samples=len(made), pass_mark=options.pass_mark))
+        figures[length] = replace(figures[length], value=share, samples=len(made))
         wrong += [{"codes": one.haystack.codes, "answer": one.answer} for one in made if not one.is_right]
         print(f"{', '.join(f'{name} {value}' for name, value in rows[-1].items())}: {share:.1%}", flush=True)
-    if options.out:
-        write_results(
-            options.out,
-            title="Retrieval from long contexts",
-            system=system,
-            settings={name: getattr(options, name) for name in ("text", "streams", "thinking", "max_tokens")},
-            figures=figures,
-            notes=[f"The pass mark is a goal for each length, {options.pass_mark:.0%} of its texts."],
-            tables={"By length": rows},
-            details={"wrong": wrong},
-        )
-    return int(not passed(figures))
+        # After each length: if the next one fails, this one is kept.
+        write(options, system, rows, list(figures.values()), wrong)
+    return int(not passed(list(figures.values())))
+
+
+def write(
+    options: argparse.Namespace,
+    system: System,
+    rows: Sequence[dict[str, Any]],
+    figures: Sequence[Figure],
+    wrong: Sequence[dict[str, Any]],
+) -> None:
+    """The files, if they are wanted."""
+    if options.out is None:
+        return
+    notes = [f"The pass mark is a goal for each length, {options.pass_mark:.0%} of its texts."]
+    if len(rows) < len(figures):
+        notes.append("The run did not end: lengths without a number were not measured.")
+    write_results(
+        options.out,
+        title="Retrieval from long contexts",
+        system=system,
+        settings={name: getattr(options, name) for name in ("text", "streams", "thinking", "max_tokens")},
+        figures=figures,
+        notes=notes,
+        tables={"By length": rows},
+        details={"wrong": wrong},
+    )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import platform
 import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 __all__ = ["PACKAGES", "installed_versions", "local_device"]
@@ -14,10 +15,14 @@ PACKAGES = ("vllm-dsv32", "vllm", "torch")
 
 
 def installed_versions() -> dict[str, str | None]:
-    """Those of :data:`PACKAGES`, None for what is not installed; and of Triton, CUDA and the driver if there."""
+    """Those of :data:`PACKAGES`, None for what is not installed; and of Triton, CUDA and the driver if there.
+
+    "revision" is that of the project, if it runs from a git checkout; "-dirty" at its end means with changes.
+    """
     import torch
 
     others = {
+        "revision": _revision("vllm_dsv32"),
         "triton": _installed_version("triton"),
         "cuda": torch.version.cuda,
         "driver": _driver_version(),
@@ -45,6 +50,19 @@ def _installed_version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _revision(package: str) -> str | None:
+    spec = find_spec(package)
+    if spec is None or spec.origin is None or shutil.which("git") is None:
+        return None
+    git = ["git", "-C", str(Path(spec.origin).parent)]
+    # An installed copy may lie in a checkout of something else, whose revision says nothing.
+    for command in (["ls-files", "--error-unmatch", Path(spec.origin).name], ["describe", "--always", "--dirty"]):
+        done = subprocess.run([*git, *command], capture_output=True, text=True)
+        if done.returncode != 0:
+            return None
+    return done.stdout.strip()
 
 
 def _driver_version() -> str | None:

@@ -5,7 +5,8 @@
 
 The server needs --enable-auto-tool-choice, --tool-call-parser and --reasoning-parser. A conversation counts as
 right if every message makes the calls that it should, with the arguments that were asked for, and if the answers
-hold what the tools gave back. The arguments of every call must be valid JSON. Exits with 1 below a pass mark.
+hold what the tools gave back. The arguments of every call must be valid JSON. A request that fails makes its
+conversation wrong. Exits with 1 below a pass mark.
 """
 
 import argparse
@@ -18,11 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
+import httpx
 import jsonschema
-from results_file import Figure, add_server_options, passed, served_system, write_results
+from openai import OpenAIError
+from results_file import Figure, add_server_options, json_path, passed, served_system, write_results
 from serving_runs.chat import Chat, Reply, StreamError
 from serving_runs.tool_cases import KINDS, Case, Round, Turn, Wanted
 from tqdm import tqdm
@@ -84,6 +86,8 @@ def _play_turn(
             answer = reply(history, tools)
         except StreamError as error:
             return str(error)
+        except (OpenAIError, httpx.HTTPError) as error:
+            return f"the request failed: {type(error).__name__}: {error}"
         outcome.said.append(answer.message)
         made = [_checked(call, tools, outcome) for call in answer.calls]
         order = _matched(made, wanted)
@@ -200,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-tokens", type=int, default=4096, help="of a message (default: 4096)")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for one message (default: 3600)")
     parser.add_argument("--pass-mark", type=float, default=PASS_MARK, help=f"default: {PASS_MARK}")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the results here, and to FILE.md")
+    parser.add_argument("--out", type=json_path, metavar="FILE.json", help="write the results here, and to FILE.md")
     options = parser.parse_args(arguments)
     system = served_system(options)
     chat = Chat(options.base_url, system.model, timeout=options.timeout)

@@ -1,8 +1,6 @@
 """Whether a server is fit for a run with thinking: reasoning apart from what is scored, and room for it."""
 
-import os
-
-from openai import OpenAI
+from serving_runs.chat import open_client
 
 __all__ = ["check_reasoning_is_apart", "check_room"]
 
@@ -19,7 +17,7 @@ def check_reasoning_is_apart(base_url: str, model: str) -> None:
     Raises:
         SystemExit: no reasoning came, or it came as content.
     """
-    client = OpenAI(base_url=base_url, api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=0, timeout=300)
+    client = open_client(base_url, timeout=300)
     response = client.chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": _QUESTION}],

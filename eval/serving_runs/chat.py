@@ -7,7 +7,7 @@ from typing import Any
 
 from openai import OpenAI
 
-__all__ = ["Chat", "Reply", "StreamError", "collected"]
+__all__ = ["Chat", "Reply", "StreamError", "collected", "open_client"]
 
 
 class StreamError(Exception):
@@ -34,6 +34,18 @@ class Reply:
         return [call["function"] for call in self.message.get("tool_calls") or []]
 
 
+def open_client(base_url: str, *, timeout: float) -> OpenAI:
+    """A client that does not ask twice; its key is OPENAI_API_KEY, if that is set.
+
+    Args:
+        base_url: such as ``http://127.0.0.1:8000/v1``.
+        timeout: seconds that one reply may take.
+    """
+    # Servers without keys take any, but the client wants one.
+    key = os.environ.get("OPENAI_API_KEY") or "none"
+    return OpenAI(base_url=base_url, api_key=key, max_retries=0, timeout=timeout)
+
+
 class Chat:
     """A served model that is asked at temperature 0."""
 
@@ -43,9 +55,7 @@ class Chat:
         model: the name it is served under.
         timeout: seconds that one reply may take.
         """
-        # OPENAI_API_KEY is the client's own; servers without keys take any.
-        key = os.environ.get("OPENAI_API_KEY", "none")
-        self._client = OpenAI(base_url=base_url, api_key=key, max_retries=0, timeout=timeout)
+        self._client = open_client(base_url, timeout=timeout)
         self.base_url = base_url
         self.model = model
 
@@ -63,6 +73,7 @@ class Chat:
         Raises:
             StreamError: see there.
             openai.OpenAIError: the server refused, or was not there.
+            httpx.HTTPError: the same once a stream has begun.
         """
         options: dict[str, Any] = {"tools": tools} if tools else {}
         if stream:

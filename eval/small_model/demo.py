@@ -1,6 +1,8 @@
 """Show what the small model can do: a tool loop, a sum with its reasoning, a needle. Exits with 1 if one is wrong.
 
 PYTHONPATH=eval python -m small_model.demo --base-url http://127.0.0.1:8000/v1
+
+A key, if the server wants one, is read from OPENAI_API_KEY.
 """
 
 import argparse
@@ -8,7 +10,7 @@ import random
 from collections.abc import Iterable
 from typing import Any
 
-from openai import OpenAI
+from serving_runs.chat import open_client
 
 from small_model.repliers import MAX_TOKENS, Replier
 from small_model.score import held_out_chats, is_right
@@ -21,7 +23,7 @@ _LONGEST_SHOWN = 120
 
 def streamed(base_url: str) -> Replier:
     """As :func:`small_model.repliers.served`, and printed while it streams in."""
-    client = OpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=900)
+    client = open_client(base_url, timeout=900)
     name = client.models.list().data[0].id
 
     def reply(messages: list[dict[str, Any]], tools: list[dict[str, Any]], thinking: bool) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from openai import OpenAI
+from serving_runs.chat import open_client
 
 from vllm_dsv32.serving.dsml import DsmlParser
 from vllm_dsv32.serving.encoding import encode_messages
@@ -20,13 +20,13 @@ MAX_TOKENS = 200
 
 
 def served(base_url: str, model: str | None = None) -> Replier:
-    """Replies of a server at temperature 0.
+    """Replies of a server at temperature 0; OPENAI_API_KEY is its key.
 
     Args:
         base_url: such as ``http://127.0.0.1:8000/v1``.
         model: the name it is served under; by default the first that the server names.
     """
-    client = OpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=900)
+    client = open_client(base_url, timeout=900)
     name = model or client.models.list().data[0].id
 
     def reply(messages: list[dict[str, Any]], tools: list[dict[str, Any]], thinking: bool) -> dict[str, Any]:

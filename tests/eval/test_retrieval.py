@@ -1,9 +1,13 @@
 """The retrieval evaluation on models that are functions; tests/eval/test_served_runs.py has it on a server."""
 
+import json
+import math
 import random
 import re
 
 import pytest
+import retrieval
+from results_file import System
 from retrieval import attempts, main, measure_scale, num_tokens_of, summary
 from serving_runs.haystacks import DEPTH_BANDS, TEXTS, prose
 
@@ -91,6 +95,42 @@ def test_lengths():
 def test_a_length_that_holds_no_text_is_refused():
     with pytest.raises(ValueError, match="100 tokens do not hold a text and an answer of 64"):
         read(reader, "prose", "100", 1)
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """A reader on a server of 16K, which fails from the sixth text on."""
+    asked = []
+
+    def ask_server(chat, prompt, max_tokens, *, thinking):
+        asked.append(prompt)
+        if len(asked) > 2 + 5:  # two to measure the scale
+            raise RuntimeError("the server is gone")
+        return reader(prompt, max_tokens)
+
+    monkeypatch.setattr(retrieval, "served_system", lambda options: System("reader", max_model_len=16384))
+    monkeypatch.setattr(retrieval, "ask_server", ask_server)
+    return asked
+
+
+def test_lengths_that_the_server_refuses_are_refused_before_it_is_asked(served):
+    with pytest.raises(SystemExit, match=r"--max-model-len is 16384: it would refuse texts of 32K, 128K\."):
+        main(["--base-url", "http://127.0.0.1:1/v1"])
+    assert served == []
+
+
+def test_a_length_is_written_before_the_next_one_is_measured(served, tmp_path):
+    out = tmp_path / "out.json"
+    flags = ["--texts", "5", "--lengths", "3K", "16K", "--out", str(out)]
+    with pytest.raises(RuntimeError, match="the server is gone"):
+        main(["--base-url", "http://127.0.0.1:1/v1", *flags])
+    result = json.loads(out.read_text())
+    done, missing = result["figures"]
+    assert (done["name"], done["value"], done["passed"]) == ("right at 3K", 1.0, True)
+    assert math.isnan(missing["value"])
+    assert (missing["name"], missing["passed"], result["passed"]) == ("right at 16K", False, False)
+    assert [row["length"] for row in result["tables"]["By length"]] == ["3K"]
+    assert "lengths without a number were not measured" in out.with_suffix(".md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ import math
 import re
 from types import SimpleNamespace as Space
 
+import httpx
+import openai
 import pytest
 from results_file import passed
 from serving_runs.chat import Reply, StreamError, collected
@@ -157,6 +159,26 @@ def test_a_wrong_finish_reason_answer_and_stream_are_wrong():
         raise StreamError("the stream ended without a finish reason")
 
     assert play(case, broken).complaint == "the stream ended without a finish reason"
+
+
+REQUEST = httpx.Request("POST", "http://127.0.0.1/v1/chat/completions")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        openai.APITimeoutError(REQUEST),
+        openai.InternalServerError("out of order", response=httpx.Response(500, request=REQUEST), body=None),
+        httpx.ReadTimeout("in the middle of a stream"),
+    ],
+)
+def test_a_request_that_fails_is_its_conversations_failure(error):
+    def failing(history, tools):
+        raise error
+
+    outcome = play(case_of("single", "flight"), failing)
+    assert outcome.complaint == f"the request failed: {type(error).__name__}: {error}"
+    assert figures_of([outcome], 0.9)[0].value == 0
 
 
 def streamed(*pieces, finish_reason="tool_calls"):
