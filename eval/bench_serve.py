@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from engine_runs.sides import IN_TREE, PLUGIN
-from results_file import Figure, System, add_server_options, passed, served_system, write_results
+from results_file import Figure, System, add_server_options, json_path, passed, served_system, write_results
 from serving_runs.server import ServerError, running
 
 __all__ = ["LINES", "PUBLISHED_LOAD", "Line", "Load", "bench_command", "figures_of", "table_of"]
@@ -229,7 +229,7 @@ def write(
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_server_options(parser)
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the results here, and to FILE.md")
+    parser.add_argument("--out", type=json_path, metavar="FILE.json", help="write the results here, and to FILE.md")
     parser.add_argument("--serve", metavar="COMMAND", help="start this server on --base-url, and stop it")
     parser.add_argument("--compare-in-tree", action="store_true", help="measure it without plugins, too")
     parser.add_argument("--start-timeout", type=float, default=7200, help="seconds (default: 7200)")

@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
+from urllib.parse import urlsplit
 
 import requests
 from engine_runs.sides import IN_TREE, PLUGIN
@@ -24,7 +26,9 @@ class ServerError(Exception):
 
 @contextmanager
 def running(command: str, side: str, base_url: str, log: Path, *, start_timeout: float) -> Iterator[None]:
-    """Start a server, wait until it is healthy, and stop it in the end.
+    """Start a server, wait until it is healthy, and stop it in the end, also where SIGTERM ends this process.
+
+    From then on this process and its children reach the server's host without a proxy.
 
     Args:
         command: as for a shell, such as ``vllm serve DIR --port 8000``.
@@ -36,6 +40,7 @@ def running(command: str, side: str, base_url: str, log: Path, *, start_timeout:
     Raises:
         ServerError: something answers there already, it ends or is not healthy in time, or the side is not the one.
     """
+    _reach_without_proxy(urlsplit(base_url).hostname or "")
     health = f"{base_url.rstrip('/').removesuffix('/v1')}/health"
     if _is_healthy(health):
         raise ServerError(
@@ -46,6 +51,7 @@ def running(command: str, side: str, base_url: str, log: Path, *, start_timeout:
         process = subprocess.Popen(
             shlex.split(command), stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
+    handler = signal.signal(signal.SIGTERM, _end)
     try:
         _wait(process, health, side, log, start_timeout)
         if (_SAID_BY_PLUGIN in log.read_text(errors="replace")) != (side == PLUGIN):
@@ -54,7 +60,19 @@ def running(command: str, side: str, base_url: str, log: Path, *, start_timeout:
             )
         yield
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would leave what is left of the server
         _stop(process)
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """Runs what is to run in the end; the signal's default does not."""
+    raise SystemExit(128 + number)
+
+
+def _reach_without_proxy(host: str) -> None:
+    hosts = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    os.environ["no_proxy"] = f"{hosts},{host}" if hosts else host  # goes before NO_PROXY
 
 
 def _wait(process: subprocess.Popen[bytes], health: str, side: str, log: Path, timeout: float) -> None:

@@ -2,7 +2,9 @@
 
 import os
 import shlex
+import signal
 import socket
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 import requests
 from bench_serve import LINES, PUBLISHED_LOAD, Load, bench_command, figures_of, main, ratio_figure, table_of
+from bench_serve import __file__ as bench_file
 from engine_runs.sides import IN_TREE, PLUGIN
 from results_file import passed
 from serving_runs.server import ServerError, running
@@ -94,9 +97,11 @@ def test_flags_that_need_others(flags, complaint, capsys):
 @pytest.fixture
 def server(tmp_path):
     """A command, its base URL and a log."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # Bound until the test ends, so that nobody else takes the port; the server shares it, and alone listens.
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    port = held.getsockname()[1]
     script = tmp_path / "serve.py"
     script.write_text(
         "import http.server, os, sys\n"
@@ -104,7 +109,8 @@ def server(tmp_path):
         "open('health', 'w')\n"
         f"http.server.HTTPServer(('127.0.0.1', {port}), http.server.SimpleHTTPRequestHandler).serve_forever()\n"
     )
-    return f"env -C {tmp_path} {sys.executable} {script}", f"http://127.0.0.1:{port}/v1", tmp_path / "server.log"
+    yield f"env -C {tmp_path} {sys.executable} {script}", f"http://127.0.0.1:{port}/v1", tmp_path / "server.log"
+    held.close()
 
 
 @pytest.mark.parametrize("side", [PLUGIN, IN_TREE])
@@ -131,15 +137,52 @@ def test_a_server_without_the_plugin_is_not_taken_for_one_with_it(server, monkey
         pass
 
 
-def test_a_server_that_ends_or_is_never_ready(server):
+def test_a_server_is_reached_without_a_proxy(server, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "elsewhere.example")
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    command, url, log = server
+    with running(command, PLUGIN, url, log, start_timeout=300):
+        assert requests.get(url.replace("/v1", "/health")).ok
+    assert os.environ["no_proxy"] == "elsewhere.example,127.0.0.1"
+
+
+def test_a_server_ends_with_the_evaluation(server, tmp_path, monkeypatch):
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    command, url, log = server
+    script = tmp_path / "evaluation.py"
+    script.write_text(
+        f"import sys, time\nsys.path.insert(0, {str(Path(bench_file).parent)!r})\n"
+        "from pathlib import Path\nfrom serving_runs.server import running\n"
+        f"with running({command!r}, 'plugin', {url!r}, Path({str(log)!r}), start_timeout=300):\n"
+        "    print('up', flush=True)\n    time.sleep(600)\n"
+    )
+    evaluation = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    with evaluation:
+        assert evaluation.stdout.readline() == "up\n"
+        evaluation.send_signal(signal.SIGTERM)
+        assert evaluation.wait() == 128 + signal.SIGTERM
+    with pytest.raises(requests.ConnectionError):
+        requests.get(url.replace("/v1", "/health"))
+
+
+def test_a_server_that_ends_or_is_never_ready(server, monkeypatch):
     _, url, log = server
     with (
         pytest.raises(ServerError, match=r"the in-tree server ended with status 1 while starting; see .*log"),
         running("false", IN_TREE, url, log, start_timeout=60),
     ):
         pass
-    waits = f"sh -c 'echo $$ > {log.parent}/pid; exec sleep 50'"
-    with pytest.raises(ServerError, match="was not ready"), running(waits, PLUGIN, url, log, start_timeout=1):
+    started = []
+
+    class Recorded(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            started.append(self)
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(subprocess, "Popen", Recorded)
+    message = "was not ready"
+    with pytest.raises(ServerError, match=message), running("sleep 600", PLUGIN, url, log, start_timeout=1):
         pass
     with pytest.raises(ProcessLookupError):
-        os.kill(int((log.parent / "pid").read_text()), 0)
+        os.kill(started[0].pid, 0)
