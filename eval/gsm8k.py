@@ -4,8 +4,8 @@
     python eval/gsm8k.py --base-url http://127.0.0.1:8000/v1 --examples 20
 
 With 5 examples a prompt is shorter than the 2,048 tokens that sparse attention selects, and says nothing of the
-indexer; with 20 it is longer. Writes eval/results/gsm8k_5_shot.json (or 20), a page (.md) and the replies
-(.samples.jsonl).
+indexer; with 20 it is longer. Writes eval/results/gsm8k_5_shot.json (or 20; with --limit N, gsm8k_5_shot_limit_N),
+a page (.md) and the replies (.samples.jsonl). What was answered before a run was cut short, --resume keeps.
 
 Without access to the Hugging Face hub: --data test.jsonl --examples-data train.jsonl, the two files of the data
 set's own repository (github.com/openai/grade-school-math, grade_school_math/data).

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
+from lm_eval.tasks import TaskManager
 from results_file import Figure, System, add_server_options, json_path, passed, served_system, write_results
 
 from lm_eval_runs.settings import HELD_TO_ANOTHER, MARK_RULE, Settings, pass_mark
 from lm_eval_runs.tasks import describe_file, load_task
 
-__all__ = ["add_run_options", "evaluate_and_report", "figures_of", "keywords"]
+__all__ = ["add_run_options", "check_free", "evaluate_and_report", "figures_of", "keywords"]
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -30,8 +31,23 @@ def add_run_options(parser: argparse.ArgumentParser, defaults: Settings) -> None
         help="requests at once (default: %(default)s, as published)",
     )
     parser.add_argument("--limit", type=_positive, metavar="N", help="take the first N problems only")
+    published = "lm_eval's own" if defaults.timeout_s is None else f"{defaults.timeout_s}, as published"
+    parser.add_argument(
+        "--timeout",
+        type=_positive,
+        default=defaults.timeout_s,
+        metavar="SECONDS",
+        help=f"for one reply (default: {published})",
+    )
     parser.add_argument(
         "--out", type=json_path, metavar="FILE.json", help="results; FILE.md and FILE.samples.jsonl come beside it"
+    )
+    rerun = parser.add_mutually_exclusive_group()
+    rerun.add_argument("--overwrite", action="store_true", help="results, and replies of a run that was cut short")
+    rerun.add_argument(
+        "--resume",
+        action="store_true",
+        help="a run that was cut short: with these settings, on this server",
     )
 
 
@@ -52,8 +68,8 @@ def keywords(settings: Settings, options: argparse.Namespace, model: str) -> dic
         "tokenizer_backend": None,
         "num_concurrent": options.concurrency,
     }
-    if settings.timeout_s is not None:
-        model_args["timeout"] = settings.timeout_s
+    if options.timeout is not None:
+        model_args["timeout"] = options.timeout
     return {
         "model": "local-chat-completions" if settings.is_chat else "local-completions",
         "model_args": model_args,
@@ -94,6 +110,34 @@ def figures_of(settings: Settings, scores: Mapping[str, Any], num_problems: int)
     return figures
 
 
+def path_of(options: argparse.Namespace, stem: str) -> Path:
+    """Of the results: --out, or by the stem, which a run on fewer problems does not share with one on all."""
+    return options.out or RESULTS / f"{stem}{'' if options.limit is None else f'_limit_{options.limit}'}.json"
+
+
+def _replies_of(path: Path) -> Path:
+    """The database of replies that lm_eval keeps while a run goes on."""
+    return path.with_suffix(".unfinished_rank0.db")
+
+
+def check_free(options: argparse.Namespace, stem: str) -> None:
+    """Look where the results are to go.
+
+    Raises:
+        SystemExit: there are some, or replies of a run that was cut short, and no option says what to do.
+    """
+    path = path_of(options, stem)
+    if options.overwrite:
+        return
+    if path.exists():
+        raise SystemExit(f"{path}: there are results already. Give another --out, or --overwrite.")
+    if _replies_of(path).exists() and not options.resume:
+        raise SystemExit(
+            f"{_replies_of(path)} holds replies of a run that was cut short. "
+            "--resume keeps them, --overwrite drops them."
+        )
+
+
 def evaluate_and_report(
     settings: Settings,
     options: argparse.Namespace,
@@ -112,15 +156,25 @@ def evaluate_and_report(
         stem: of the results' files where --out names none.
         system: what the server told, if it was asked already.
     """
+    check_free(options, stem)
     system = system or served_system(options)
-    path = options.out or RESULTS / f"{stem}.json"
+    path = path_of(options, stem)
+    replies = _replies_of(path)
+    if options.overwrite:
+        replies.unlink(missing_ok=True)
+    is_resumed = replies.exists()
     call = keywords(settings, options, system.model)
     with tempfile.TemporaryDirectory(prefix="lm-eval-") as folder:
         task = load_task(settings.task, files, Path(folder))
-        results = lm_eval.simple_evaluate(tasks=[task], **call)
+        results = lm_eval.simple_evaluate(
+            tasks=[task],
+            task_manager=TaskManager(include_defaults=False),  # its own reads thousands of files
+            use_cache=str(replies).removesuffix("_rank0.db"),  # lm_eval adds the rest of the name
+            **call,
+        )
     samples = results["samples"][settings.task]
     num_problems = len({sample["doc_id"] for sample in samples})
-    replies = {sample["doc_id"]: sample["resps"][0][0] for sample in samples}
+    said = {sample["doc_id"]: sample["resps"][0][0] for sample in samples}
     figures = figures_of(settings, results["results"][settings.task], num_problems)
     notes = [MARK_RULE] if settings.held_to else ["No pass mark: these are not the settings of a published run."]
     if settings.held_to and not settings.published:
@@ -140,12 +194,15 @@ def evaluate_and_report(
             "data": {split: describe_file(file) for split, file in files.items()} or config["dataset_path"],
             "problems": num_problems,
             "limit": options.limit,
-            "empty replies": sum(not reply.strip() for reply in replies.values()),
+            "timeout": options.timeout,
+            "resumed": is_resumed,
+            "empty replies": sum(not reply.strip() for reply in said.values()),
         },
         figures=figures,
         notes=notes,
     )
     _write_samples(path.with_suffix(".samples.jsonl"), samples)
+    replies.unlink()
     print(page)
     raise SystemExit(not passed(figures))
 

@@ -9,16 +9,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import requests
 from lm_eval._cli import HarnessCLI
 from lm_eval.config.evaluate_config import EvaluatorConfig
-from lm_eval_runs.run import figures_of, keywords
-from lm_eval_runs.settings import AIME25, GSM8K, GSM8K_20_SHOT, gsm8k, pass_mark, standard_error
+from lm_eval_runs.run import add_run_options, check_free, evaluate_and_report, figures_of, keywords, path_of
+from lm_eval_runs.settings import AIME25, GSM8K, GSM8K_20_SHOT, Settings, gsm8k, pass_mark, standard_error
 from lm_eval_runs.tasks import load_task
 from lm_eval_runs.thinking import check_room
 
 from server.process import MODEL, Server, serve
 from small_model.tasks import Chat, arithmetic
 
+pytestmark = pytest.mark.timeout(900)
 EVAL = Path(__file__).parents[2] / "eval"
 
 # As published, with the server's address and the model's name.
@@ -41,13 +43,17 @@ PUBLISHED_AIME25 = [
 # The settings.
 
 
+def parsed(settings: Settings, *arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_run_options(parser, settings)
+    return parser.parse_args(arguments)
+
+
 @pytest.mark.parametrize(("command", "settings"), [(PUBLISHED_GSM8K, GSM8K), (PUBLISHED_AIME25, AIME25)])
 def test_lm_eval_is_told_what_the_published_command_tells_it(command, settings, monkeypatch):
     monkeypatch.setattr(sys, "argv", [command[0], "run", *command[1:]])
     published = EvaluatorConfig.from_cli(HarnessCLI().parse_args())
-    options = argparse.Namespace(
-        base_url="http://0.0.0.0:8000/v1/", concurrency=settings.num_concurrent, limit=None
-    )
+    options = parsed(settings, "--base-url", "http://0.0.0.0:8000/v1/")
     ours = keywords(settings, options, "deepseek-ai/DeepSeek-V3.2")
     assert published.tasks == settings.task or published.tasks == [settings.task]
     for name in ("model", "num_fewshot", "batch_size", "limit", "gen_kwargs", "apply_chat_template"):
@@ -59,9 +65,17 @@ def test_lm_eval_is_told_what_the_published_command_tells_it(command, settings, 
 
 
 def test_20_examples_change_nothing_else():
-    options = argparse.Namespace(base_url="http://0.0.0.0:8000/v1", concurrency=32, limit=None)
+    options = parsed(GSM8K, "--base-url", "http://0.0.0.0:8000/v1")
     five, twenty = (keywords(settings, options, "m") for settings in (GSM8K, GSM8K_20_SHOT))
     assert twenty == five | {"num_fewshot": 20}
+
+
+@pytest.mark.parametrize(("settings", "timeout"), [(GSM8K, None), (AIME25, 5000)])
+def test_the_timeout_can_be_changed(settings, timeout):
+    options = parsed(settings, "--base-url", "http://0.0.0.0:8000/v1")
+    assert keywords(settings, options, "m")["model_args"].get("timeout") == timeout
+    options = parsed(settings, "--base-url", "http://0.0.0.0:8000/v1", "--timeout", "20000")
+    assert keywords(settings, options, "m")["model_args"]["timeout"] == 20000
 
 
 # The pass marks.
@@ -161,6 +175,82 @@ def test_a_local_file_changes_where_the_data_comes_from_and_nothing_else(name, s
             assert ours == value, key
 
 
+# The files of a run.
+
+
+def test_a_run_on_fewer_problems_has_files_of_its_own(tmp_path):
+    url = ("--base-url", "http://0.0.0.0:8000/v1")
+    assert path_of(parsed(GSM8K, *url), "gsm8k_5_shot").name == "gsm8k_5_shot.json"
+    assert path_of(parsed(GSM8K, *url, "--limit", "10"), "gsm8k_5_shot").name == "gsm8k_5_shot_limit_10.json"
+    out = tmp_path / "out.json"
+    assert path_of(parsed(GSM8K, *url, "--limit", "10", "--out", str(out)), "gsm8k_5_shot") == out
+
+
+def test_files_that_are_there_are_not_replaced_unasked(tmp_path):
+    out, replies = tmp_path / "out.json", tmp_path / "out.unfinished_rank0.db"
+    flags = ("--base-url", "http://0.0.0.0:8000/v1", "--out", str(out))
+    check_free(parsed(GSM8K, *flags), "")
+    replies.touch()
+    with pytest.raises(SystemExit, match=r"holds replies of a run that was cut short\. --resume keeps them"):
+        check_free(parsed(GSM8K, *flags), "")
+    check_free(parsed(GSM8K, *flags, "--resume"), "")
+    out.touch()
+    for more in ((), ("--resume",)):
+        with pytest.raises(SystemExit, match=r"there are results already\. Give another --out, or --overwrite"):
+            check_free(parsed(GSM8K, *flags, *more), "")
+    check_free(parsed(GSM8K, *flags, "--overwrite"), "")
+
+
+class CutShort:
+    """A server that answers four completions, then none until it is well."""
+
+    def __init__(self):
+        self.prompts, self.is_well = [], False
+
+    def handle(self, path, headers, body):
+        if path == "/v1/models":
+            return 200, {"data": [{"id": "m"}]}
+        if path != "/v1/completions":
+            return 404, {}
+        if not self.is_well and len(self.prompts) >= 4:
+            return 400, {"error": "out of order"}
+        self.prompts.append(body["prompt"])
+        return 200, {"choices": [{"index": 0, "text": " It is 1.\n#### 1"}]}
+
+
+def test_a_run_that_was_cut_short_is_resumed(serve_api, tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    server = CutShort()
+    rows = [{"question": f"{number} - {number - 1}?", "answer": "#### 1"} for number in range(9)]
+    data = write_lines(tmp_path / "test.jsonl", rows)
+    out = tmp_path / "out.json"
+    flags = ("--base-url", serve_api(server.handle), "--out", str(out), "--concurrency", "1")
+
+    def evaluate(*more):
+        settings, files = gsm8k(0, is_chat=False), {"train": data, "test": data}
+        evaluate_and_report(settings, parsed(settings, *flags, *more), files, "title", "stem")
+
+    with pytest.raises(requests.HTTPError):
+        evaluate()
+    assert not out.exists()
+    with pytest.raises(SystemExit, match="--resume keeps them"):
+        evaluate()
+    server.is_well = True
+    with pytest.raises(SystemExit) as ended:
+        evaluate("--resume")
+    assert ended.value.code == 0
+    assert len(server.prompts) == len(set(server.prompts)) == 9, "each was asked once"
+    result = json.loads(out.read_text())
+    assert [figure["value"] for figure in result["figures"]] == [1.0, 1.0]
+    assert result["settings"]["resumed"] is True
+    assert len(samples_of(out)) == 2 * 9
+    assert not list(tmp_path.glob("*.db"))
+    with pytest.raises(SystemExit):
+        evaluate("--overwrite", "--limit", "1")
+    assert len(server.prompts) == 9 + 1
+    assert json.loads(out.read_text())["settings"]["resumed"] is False
+
+
 # lm_eval and a server.
 
 
@@ -176,7 +266,7 @@ def run(server: Server, script: str, out: Path, *arguments: str | Path, status: 
     """What a command prints; its results are beside `out`. A status of None is that of the results."""
     command = [sys.executable, EVAL / script, "--base-url", f"{server.url}/v1", "--out", out, *arguments]
     done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"NO_PROXY": "127.0.0.1"}, timeout=240
+        command, capture_output=True, text=True, env=os.environ | {"NO_PROXY": "127.0.0.1"}, timeout=600
     )
     if status is None:
         status = int(not json.loads(out.read_text())["passed"])
@@ -277,7 +367,7 @@ def test_aime25_scores_the_content_without_the_reasoning(server, tmp_path):
     assert result["settings"]["generation"]["chat_template_kwargs"] == {"thinking": True}
     assert result["settings"]["generation"]["temperature"] == 1.0
     wrong = write_lines(tmp_path / "wrong.jsonl", [row | {"answer": "987654"} for row in rows[:4]])
-    run(server, "aime25.py", out, "--data", wrong, "--max-tokens", "60", status=1)
+    run(server, "aime25.py", out, "--data", wrong, "--max-tokens", "60", "--overwrite", status=1)
     assert json.loads(out.read_text())["figures"][0]["value"] == 0
 
 
