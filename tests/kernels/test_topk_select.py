@@ -202,12 +202,42 @@ def test_any_kind_of_row_in_any_tiling(tiled, generator):
 
 @pytest.mark.parametrize("pitch", [144, 135])
 def test_lengths_at_the_edges_of_tiles_and_lists(tiled, generator, pitch):
-    """What lies past a row's keys would be selected at once; rows begin at whole words of memory, or not."""
+    """Most are read again; rows begin at whole words of memory, or not."""
     num_keys = [0, 1, 8, 9, 10, 31, 32, 33, 63, 64, 65, 96, 97, 128, 135]
     logits = torch.randn(len(num_keys), pitch, generator=generator)[:, :135]
     for row, seen in enumerate(num_keys):
         logits[row, seen:] = math.inf
     assert torch.equal(select(tiled, logits, num_keys, 9), naive.topk(logits, torch.tensor(num_keys), 9))
+
+
+@pytest.fixture
+def shortlisted(monkeypatch) -> list[int]:
+    """The lengths of rows whose sample misled, under the interpreter."""
+    lengths = []
+    shortlist = topk_select_triton.shortlist
+
+    def counted(list_ptr, row, seen, *rest):
+        lengths.append(int(seen.handle.data[0]))
+        return shortlist(list_ptr, row, seen, *rest)
+
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(topk_select_triton, "shortlist", counted)
+    return lengths
+
+
+@pytest.mark.parametrize("splits", [(), (4,), (8,)], ids=str)
+def test_rows_that_are_read_once(monkeypatch, generator, shortlisted, splits):
+    """Most are, if the lists are large for K: with other edges of parts, words and lists than rows read again."""
+    tiles = dataclasses.replace(tiling_of_parts(*splits), tile=128, sample=128, num_programs=8)
+    tiles = dataclasses.replace(tiles, num_split_programs=8 * max(splits, default=1))
+    monkeypatch.setattr(topk_select_triton, "tiling", lambda capability: tiles)
+    num_keys = [302, 303, 311, 327, 397, 398, 399, 401]
+    logits = torch.randn(len(num_keys), 404, generator=generator)
+    for row, seen in enumerate(num_keys):
+        logits[row, seen:] = math.inf
+    got = select(on_device(topk_select_triton.topk_select), logits, num_keys, 32)
+    assert torch.equal(got, naive.topk(logits, torch.tensor(num_keys), 32))
+    assert len(shortlisted) < len(num_keys) / 2
 
 
 def test_slots_in_any_tiling(tiled, generator):
@@ -241,5 +271,5 @@ def test_real_sizes(monkeypatch, generator, num_split_programs):
 
 
 def test_a_larger_k_is_refused():
-    with pytest.raises(ValueError, match="at most 4096, got 4097"):
-        select(topk_select_triton.topk_select, torch.zeros(1, 9), [9], 4097)
+    with pytest.raises(ValueError, match="at most 2048, got 2049"):
+        select(topk_select_triton.topk_select, torch.zeros(1, 9), [9], 2049)

@@ -25,8 +25,8 @@ from vllm_dsv32.kernels.triton_topk_list import list_part, load_list, load_row, 
 
 __all__ = ["Tiling", "compilations", "tiling", "topk_select"]
 
-_MAX_TOPK = 4096
-"""Keys of a list are counted in 15 bits."""
+_MAX_TOPK = 2048
+"""DeepSeek's, for which lists fit the registers."""
 _MIN_CAPACITY = 16
 
 

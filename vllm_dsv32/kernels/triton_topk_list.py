@@ -167,6 +167,7 @@ def shortlist(
     """
     # Room for as many keys as are cut off before the next cut, against cuts that take long to be close.
     LIMIT: tl.constexpr = (K + CAPACITY // 2) // 2
+    tl.static_assert(LIMIT + TILE <= CAPACITY)  # what a tile adds after a cut
     tl.debug_barrier()  # what was in the list before has been read
     count = seen * 0
     threshold = count + LOWEST
