@@ -5,7 +5,8 @@
 Weights are counted tensor by tensor as this plugin and vLLM place them: experts are split over all ranks of a
 stage, heads and dense MLPs over tensor-parallel ranks; the indexer and the down-projections of attention are whole.
 Every rank has the caches of its stage's layers whole: neither can be split by heads. Activations, graphs and
-communication buffers are not counted but assumed (--overhead-gib); vLLM measures them and logs the outcome.
+communication buffers are not counted but assumed (--overhead-gib), but for what grows with data parallelism: the
+experts of a rank take the tokens of all replicas at once. vLLM measures all that and logs the outcome.
 The exit status is 0 if the model fits, 1 if it does not.
 """
 
@@ -37,6 +38,7 @@ PUBLISHED = {
     "index_head_dim": 128,
     "moe_intermediate_size": 2048,
     "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
     "n_shared_experts": 1,
     "num_nextn_predict_layers": 1,
     "max_position_embeddings": 163840,
@@ -61,6 +63,8 @@ class Deployment:
     """Of a routed expert's weight, scales included."""
     linear_bits: float = FP8_BLOCK_BITS
     """Of every other weight that the published checkpoint holds in fp8."""
+    num_batched_tokens: int = 8192
+    """Of a replica's step, at most."""
 
     @property
     def num_gpus(self) -> int:
@@ -127,7 +131,21 @@ def _rank_nbytes(spec: TensorSpec, deployment: Deployment) -> float:
         parts = deployment.tensor_parallel
     if spec.name.endswith("kv_b_proj.weight"):
         bits += BF16_BITS  # the absorbed halves, which are kept besides
+    if spec.name.endswith((".wk.weight", ".weights_proj.weight")):
+        bits += BF16_BITS  # both in one, likewise
     return math.prod(spec.shape) * bits / 8 / parts
+
+
+def exchanged_nbytes(deployment: Deployment, sizes: Mapping[str, int] = PUBLISHED) -> int:
+    """Of the tokens that other replicas send to a rank's experts.
+
+    vLLM 0.32 takes all of them at once: a bfloat16 row for each expert of a token in either of two workspaces, and
+    one as it comes and one as it goes (``vllm/model_executor/layers/fused_moe``: ``modular_kernel.py``,
+    ``experts/triton_moe.py``).
+    """
+    num_tokens = (deployment.data_parallel - 1) * deployment.num_batched_tokens
+    num_rows = 2 * sizes["num_experts_per_tok"] + 2
+    return num_tokens * num_rows * sizes["hidden_size"] * 2
 
 
 def report(deployment: Deployment, gpu_gib: float, utilization: float, overhead_gib: float) -> tuple[str, bool]:
@@ -135,11 +153,13 @@ def report(deployment: Deployment, gpu_gib: float, utilization: float, overhead_
     held = stages(deployment)
     context = PUBLISHED["max_position_embeddings"]
     weights = max(stage.weight_nbytes for stage in held)
-    left = [gpu_gib * utilization * GIB - overhead_gib * GIB - stage.weight_nbytes for stage in held]
+    exchanged = exchanged_nbytes(deployment)
+    left = [(gpu_gib * utilization - overhead_gib) * GIB - exchanged - stage.weight_nbytes for stage in held]
     lines = [
         f"{deployment.num_gpus} GPUs of {gpu_gib:g} GiB, of which vLLM takes {utilization:g}; "
         f"{overhead_gib:g} GiB of that assumed for neither weights nor caches",
         f"weights  {weights / GIB:6.1f} GiB a GPU",
+        *([f"experts  {exchanged / GIB:6.1f} GiB a GPU, for tokens of other replicas"] if exchanged else []),
         f"caches   {min(left) / GIB:6.1f} GiB a GPU",
     ]
     for cache_format in ("bf16", "fp8"):
@@ -181,6 +201,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tensor-parallel-size", type=_tensor_parallel_size, default=1)
     parser.add_argument("--pipeline-parallel-size", type=_count, default=1)
     parser.add_argument("--data-parallel-size", type=_count, default=1)
+    parser.add_argument(
+        "--max-num-batched-tokens", type=_count, default=8192, help="of a replica's step; default: vLLM's, 8192"
+    )
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.92, help="default: vLLM's, 0.92")
     parser.add_argument("--overhead-gib", type=float, default=6.0, help="neither weights nor caches; default 6")
     parser.add_argument("--draft", action="store_true", help="load the multi-token-prediction layer")
@@ -194,6 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         draft=options.draft,
         expert_bits=options.expert_bits,
         linear_bits=options.linear_bits,
+        num_batched_tokens=options.max_num_batched_tokens,
     )
     text, fits = report(deployment, options.gpu_gib, options.gpu_memory_utilization, options.overhead_gib)
     print(text)

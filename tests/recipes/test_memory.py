@@ -22,7 +22,8 @@ NORMS = 2 * 7168 + 1536 + 512 + 2 * 128
 
 def by_hand(tp: int, dp: int) -> float:
     """Bytes a GPU, without the draft layer."""
-    layer = FP8 * (ON_EVERY_RANK + BY_HEADS / tp) + 2 * 512 * 128 * 256 / tp + 2 * 7168 * 64 + 4 * NORMS
+    index_inputs = 2 * 7168 * 64 + 2 * 7168 * (128 + 64)  # the weights' projection; with that of keys, in one
+    layer = FP8 * (ON_EVERY_RANK + BY_HEADS / tp) + 2 * 512 * 128 * 256 / tp + index_inputs + 4 * NORMS
     moe = FP8 * (EXPERTS / (tp * dp) + SHARED / tp) + 2 * 256 * 7168 + 4 * 256
     return 61 * layer + 58 * moe + 3 * FP8 * DENSE / tp + 2 * 2 * 129280 * 7168 / tp + 4 * 7168
 
@@ -46,6 +47,15 @@ def test_the_draft_layer_is_one_more_layer():
     assert with_draft.num_cached_layers == 62
     # A layer with experts, its own embedding and head, and eh_proj in bfloat16.
     assert with_draft.weight_nbytes - without.weight_nbytes > FP8 * EXPERTS + 2 * 2 * 7168 * (129280 + 7168)
+
+
+def test_experts_hold_the_tokens_of_all_replicas(capsys):
+    """Of 7 x 2048 others, in 8 rows of 7168 bfloat16 in either workspace, and as they come and go."""
+    assert memory.exchanged_nbytes(memory.Deployment(tensor_parallel=8)) == 0
+    spread = memory.Deployment(data_parallel=8, num_batched_tokens=2048)
+    assert memory.exchanged_nbytes(spread) == 7 * 2048 * (8 + 8 + 2) * 7168 * 2
+    memory.main(["--gpu-gib", "139", "--data-parallel-size", "8", "--max-num-batched-tokens", "2048"])
+    assert "experts     3.4 GiB a GPU, for tokens of other replicas" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("gpu_gib", "fits"), [(79, False), (139, True)])

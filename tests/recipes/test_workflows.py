@@ -40,6 +40,7 @@ def test_what_runs_when():
         "gpu": {"workflow_dispatch"},
         "lint": {"push", "pull_request"},
         "tests": {"push", "pull_request"},
+        "versions": {"push", "pull_request"},
         "wheel": {"push", "pull_request"},
     }
 
