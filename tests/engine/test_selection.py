@@ -1,10 +1,13 @@
 """What the layers select inside the engine, against a naive selection on the same quantised values."""
 
+from dataclasses import replace
+
 import torch
 
 from engine.checkpoints import TOPK, checkpoint, prompts
 from engine.harness import complete, engine, kernels_replaced
 from kernels import naive
+from vllm_dsv32.attention.caches import IndexKeyCache
 
 
 class Recorder:
@@ -77,3 +80,34 @@ def test_nothing_is_scored_while_the_top_k_takes_all():
     for num_keys, topk_pos in recorder.selected:
         for row, count in zip(topk_pos.tolist(), num_keys.tolist(), strict=True):
             assert row == [*range(count), *[-1] * (TOPK - count)]
+
+
+def test_keys_are_read_by_the_table_of_their_cache_and_slots_are_of_the_other(monkeypatch):
+    """vLLM gives both caches one table here; a copy of it stands for the index keys' own."""
+    of_index_keys, scored, selected = [], [], []
+    original = IndexKeyCache.metadata
+
+    def metadata(self):
+        found = original(self)
+        if found is None:
+            return None
+        of_index_keys.append(found.block_table.clone())
+        return replace(found, block_table=of_index_keys[-1])
+
+    def is_of_index_keys(table):
+        return any(table is copy for copy in of_index_keys)
+
+    def index_logits(original):
+        return lambda *args: scored.append(is_of_index_keys(args[3])) or original(*args)
+
+    def topk_select(original):
+        return lambda *args: selected.append(is_of_index_keys(args[3])) or original(*args)
+
+    monkeypatch.setattr(IndexKeyCache, "metadata", metadata)
+    with (
+        engine(checkpoint("experts, YaRN"), enforce_eager=True) as llm,
+        kernels_replaced(llm, index_logits=index_logits, topk_select=topk_select),
+    ):
+        complete(llm, prompts(2 * TOPK), 2, prompt_logits=False)
+    assert set(scored) == {True}
+    assert set(selected) == {False}
