@@ -23,6 +23,8 @@ from vllm_dsv32.kernels.gluon_rows import (
     load_slot,
     row_chunk,
 )
+from vllm_dsv32.kernels.sparse_mla_join_triton import LN_2
+from vllm_dsv32.kernels.triton_latent import TWO_POW_60
 from vllm_dsv32.layout import LATENT_FP8_NBYTES
 
 __all__ = ["HEADS", "KEYS", "NUM_WARPS", "sparse_mla_fp8_kernel"]
@@ -34,9 +36,6 @@ KEYS = 64
 NUM_WARPS = 4
 
 _ROW_CHUNKS = gl.constexpr(LATENT_FP8_NBYTES // 16)
-_LN_2 = gl.constexpr(0.6931471805599453)
-# Half of the 2^120 that decoded values lack, on either side of a product: neither leaves the range of float32.
-_TWO_POW_60 = gl.constexpr(2.0**60)
 
 # From Triton 3.9 on, the method has another name.
 _reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
@@ -170,7 +169,7 @@ def sparse_mla_fp8_kernel(
     dim = place % 64 // 2 * 4 + place % 2 * 2 + place // 64
     for g in gl.static_range(4):
         q = gl.load(q_rows[:, None] + g * 128 + dim[None, :], mask=(head < exists)[:, None], other=0.0)
-        q_groups.index(g).store((q.to(gl.float32) * _TWO_POW_60).to(gl.bfloat16))
+        q_groups.index(g).store((q.to(gl.float32) * TWO_POW_60).to(gl.bfloat16))
     fill_queries(q_rope, q_rows, head < exists, LATENT, LINE)
 
     highest = gl.full([HEADS], float("-inf"), gl.float32, gl.SliceLayout(0, MMA))
@@ -217,10 +216,10 @@ def sparse_mla_fp8_kernel(
             0, deps=[part_r, part_0, part_1, part_2, part_3]
         )
 
-        scale_0 = (scale_0 * _TWO_POW_60)[:, None]
-        scale_1 = (scale_1 * _TWO_POW_60)[:, None]
-        scale_2 = (scale_2 * _TWO_POW_60)[:, None]
-        scale_3 = (scale_3 * _TWO_POW_60)[:, None]
+        scale_0 = (scale_0 * TWO_POW_60)[:, None]
+        scale_1 = (scale_1 * TWO_POW_60)[:, None]
+        scale_2 = (scale_2 * TWO_POW_60)[:, None]
+        scale_3 = (scale_3 * TWO_POW_60)[:, None]
         scores = part_r + part_0 * scale_0 + part_1 * scale_1 + part_2 * scale_2 + part_3 * scale_3
         scores = gl.where((start + key < end)[:, None], scores * scale_log2, float("-inf"))
         previous = highest
@@ -245,10 +244,10 @@ def sparse_mla_fp8_kernel(
     total = gl.sum(denominator, axis=0)
     # Without keys: zeros, and minus infinity.
     total = gl.where(total == 0.0, 1.0, total)
-    normaliser = (_TWO_POW_60 / total)[None, :]
+    normaliser = (TWO_POW_60 / total)[None, :]
     lse = highest + gl.log2(total)
     if not SPLIT:
-        lse = lse * _LN_2
+        lse = lse * LN_2
     result = part.to(gl.int64) * NUM_HEADS + first
     head = gl.arange(0, HEADS, layout=gl.SliceLayout(0, MMA))
     gl.store(lse_ptr + result + head, lse, mask=head < exists)

@@ -23,6 +23,7 @@ from vllm_dsv32.kernels.gluon_rows import (
     open_token,
     row_chunk,
 )
+from vllm_dsv32.kernels.sparse_mla_join_triton import LN_2
 
 __all__ = ["HEADS", "KEYS", "NUM_WARPS", "sparse_mla_wide_kernel"]
 
@@ -31,8 +32,6 @@ HEADS = 64
 KEYS = 64
 """Of a tile."""
 NUM_WARPS = 8
-
-_LN_2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit(do_not_specialize=["num_splits", "num_slots"])
@@ -110,7 +109,7 @@ def sparse_mla_wide_kernel(
     acc = acc * gl.convert_layout(1.0 / total, gl.SliceLayout(1, OUT))[:, None]
     lse = highest + gl.log2(total)
     if not SPLIT:
-        lse = lse * _LN_2
+        lse = lse * LN_2
     result = part.to(gl.int64) * NUM_HEADS + first
     head = gl.arange(0, HEADS, layout=gl.SliceLayout(1, SCORES))
     gl.store(lse_ptr + result + head, lse, mask=first + head < NUM_HEADS)

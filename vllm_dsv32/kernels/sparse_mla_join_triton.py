@@ -15,9 +15,10 @@ import triton.language as tl
 from vllm_dsv32.kernels.triton_compilation import Compilation
 from vllm_dsv32.layout import KV_LORA_RANK
 
-__all__ = ["compilations", "join_splits", "keys_of_split", "split_count"]
+__all__ = ["LN_2", "compilations", "join_splits", "keys_of_split", "split_count"]
 
-_LN_2 = tl.constexpr(0.6931471805599453)
+LN_2 = tl.constexpr(0.6931471805599453)
+"""Softmax is computed to the base 2; what is given out is natural."""
 _MAX_SPLITS = 32
 _START_COST = 64
 """Of a program, in keys: reading its queries, waiting for its first rows, writing its result."""
@@ -86,7 +87,7 @@ def _join_splits_kernel(
     out = tl.sum(part_out * weight[:, None], axis=0) / total
     tl.store(out_ptr + result * LATENT_DIM + dim, out.to(out_ptr.dtype.element_ty))
     if tl.program_id(1) == 0:
-        tl.store(lse_ptr + result, (highest + tl.log2(total)) * _LN_2)
+        tl.store(lse_ptr + result, (highest + tl.log2(total)) * LN_2)
 
 
 def join_splits(

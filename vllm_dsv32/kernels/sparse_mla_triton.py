@@ -18,12 +18,13 @@ import triton
 import triton.language as tl
 
 from vllm_dsv32.kernels import triton_device
-from vllm_dsv32.kernels.sparse_mla_join_triton import keys_of_split
+from vllm_dsv32.kernels.sparse_mla_join_triton import LN_2, keys_of_split
 from vllm_dsv32.kernels.sparse_mla_launch import Launch, launch, row_views
 from vllm_dsv32.kernels.sparse_mla_tiling import Tiling, tiling
 from vllm_dsv32.kernels.triton_compilation import Compilation
 from vllm_dsv32.kernels.triton_latent import (
     GROUP,
+    TWO_POW_60,
     WORDS,
     in_order,
     key_of_row,
@@ -36,9 +37,6 @@ from vllm_dsv32.layout import KV_LORA_RANK, LATENT_FP8_NBYTES, ROPE_DIM, is_fp8_
 __all__ = ["compilations", "sparse_mla"]
 
 _ROPE = tl.constexpr(ROPE_DIM)
-_LN_2 = tl.constexpr(0.6931471805599453)
-# Half of the 2^120 that decoded values lack, on either side of a product: neither leaves the range of float32.
-_TWO_POW_60 = tl.constexpr(2.0**60)
 
 
 @triton.jit
@@ -101,7 +99,7 @@ def _sparse_mla_kernel(
     q = [tl.load(q_rows + (dim + g * GROUP)[None, :], mask=head_exists, other=0.0) for g in (0, 1, 2, 3)]
     q_rope = tl.trans(tl.load(q_rows + (rope_dim + 4 * GROUP)[None, :], mask=head_exists, other=0.0))
     if FP8:
-        q = [like_scoring_rows((x.to(tl.float32) * _TWO_POW_60).to(DTYPE), HEADS, ADJACENT) for x in q]
+        q = [like_scoring_rows((x.to(tl.float32) * TWO_POW_60).to(DTYPE), HEADS, ADJACENT) for x in q]
     q = [tl.trans(x) for x in q]
 
     row = tl.arange(0, KEYS)
@@ -114,7 +112,7 @@ def _sparse_mla_kernel(
         rope = tl.load(rope_ptr + (chunk * ROPE_PER_CHUNK)[:, None] + rope_dim[None, :])
         scores = tl.dot(rope.to(DTYPE), q_rope, input_precision="ieee")
         if FP8:
-            scale = [tl.load(nope_scale_ptr + chunk * PER_CHUNK + g)[:, None] * _TWO_POW_60 for g in (0, 1, 2, 3)]
+            scale = [tl.load(nope_scale_ptr + chunk * PER_CHUNK + g)[:, None] * TWO_POW_60 for g in (0, 1, 2, 3)]
             chunk = _chunk_of(
                 slots, start + key_of_row(row, KEYS, NUM_WARPS), end, page_chunks, BLOCK_SIZE, ROW_CHUNKS
             )
@@ -158,10 +156,10 @@ def _sparse_mla_kernel(
     for g in tl.static_range(4):
         value = acc[g] * normaliser
         if FP8:
-            value = in_order(value * _TWO_POW_60, HEADS)
+            value = in_order(value * TWO_POW_60, HEADS)
         tl.store(out + g * GROUP, value.to(out_ptr.dtype.element_ty), mask=(head < NUM_HEADS)[None, :])
     lse = highest + tl.log2(total)
-    tl.store(lse_ptr + result, lse if SPLIT else lse * _LN_2, mask=head < NUM_HEADS)
+    tl.store(lse_ptr + result, lse if SPLIT else lse * LN_2, mask=head < NUM_HEADS)
 
 
 def sparse_mla(

@@ -14,6 +14,7 @@ import triton.language as tl
 
 __all__ = [
     "GROUP",
+    "TWO_POW_60",
     "WORDS",
     "in_order",
     "key_of_row",
@@ -24,6 +25,9 @@ __all__ = [
 
 GROUP = tl.constexpr(128)
 """Values that share a scale."""
+
+TWO_POW_60 = tl.constexpr(2.0**60)
+"""Half of the 2^120 that decoded values lack, on either side of a product: neither leaves the range of float32."""
 
 WORDS = tl.constexpr(16)
 """int32 that are loaded at a time from a row: 64 bytes by four lanes, so that a warp loads from eight rows."""
