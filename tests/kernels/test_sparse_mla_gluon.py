@@ -48,7 +48,10 @@ def problem(cache_format: str, num_heads: int, num_valid: list[int], block_size:
 def assert_near(got, wanted):
     (out, lse), (wanted_out, wanted_lse) = got, wanted
     torch.testing.assert_close(lse, wanted_lse, rtol=1e-5, atol=2e-5)
-    torch.testing.assert_close(out.float(), wanted_out, rtol=2**-7, atol=2**-7 * float(wanted_out.abs().max()))
+    # By token: over many keys values average out, over one they do not.
+    largest = wanted_out.abs().amax(dim=(1, 2), keepdim=True)
+    worst = ((out.float() - wanted_out).abs() / (wanted_out.abs() + largest).clamp(min=1e-9)).max()
+    assert worst <= 2**-7
 
 
 @pytest.mark.parametrize("num_splits", [None, 1, 2, 3, 32])
