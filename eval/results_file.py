@@ -72,10 +72,15 @@ def passed(figures: Sequence[Figure]) -> bool:
 # What was evaluated.
 
 
-def add_server_options(parser: argparse.ArgumentParser) -> None:
-    """Add --base-url, --model, and what a server does not tell: flags, device, versions other than vLLM's."""
+def add_server_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Add --base-url, --model, and what a server does not tell: flags, device, versions other than vLLM's.
+
+    Args:
+        parser: of the script.
+        required: whether there has to be a server.
+    """
     group = parser.add_argument_group("the server", "A key, if it wants one, is read from OPENAI_API_KEY.")
-    group.add_argument("--base-url", required=True, help="of the server, such as http://127.0.0.1:8000/v1")
+    group.add_argument("--base-url", required=required, help="of the server, such as http://127.0.0.1:8000/v1")
     group.add_argument("--model", help="the name it is served under (default: the first that the server names)")
     group.add_argument(
         "--server-flags", metavar="FLAGS", help="it was started with, in one string; for the results"

@@ -1,19 +1,22 @@
 """Score a served small model on chats that it was not trained on; exits with 1 below the pass marks.
 
-    PYTHONPATH=eval python -m small_model.score --base-url http://127.0.0.1:8000/v1 [--size full] [--json OUT]
+    PYTHONPATH=eval python -m small_model.score --base-url http://127.0.0.1:8000/v1 [--size full]
     PYTHONPATH=eval python -m small_model.score --transformers eval/small_model/checkpoint   (without vLLM)
 
 The server is `vllm serve eval/small_model/checkpoint` with the plugin's flags, and --max-model-len 17408 or more.
+--out FILE.json writes the results there, and to FILE.md.
 """
 
 import argparse
 import json
 import random
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
+from results_file import Figure, add_server_options, json_path, local_system, passed, served_system, write_results
 from tqdm import tqdm
 
 from small_model.repliers import Replier, served, transformed
@@ -108,28 +111,43 @@ def score(reply: Replier, size: str, *, streams: int = 8) -> Iterator[tuple[str,
             yield kind, list(tqdm(rights, desc=kind, total=num, unit="chat"))
 
 
-def main() -> None:
+def figure_of(kind: str, rights: list[bool]) -> Figure:
+    """The share of right chats."""
+    return Figure(kind, sum(rights) / len(rights), samples=len(rights), pass_mark=PASS_MARKS[kind])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Score, print, write; 1 if a mark is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    side = parser.add_mutually_exclusive_group(required=True)
-    side.add_argument("--base-url", help="of the server, such as http://127.0.0.1:8000/v1")
-    side.add_argument("--transformers", type=Path, metavar="CHECKPOINT", help="score transformers' own model")
-    parser.add_argument("--model", help="the name it is served under (default: the first that the server names)")
+    add_server_options(parser, required=False)
+    parser.add_argument("--transformers", type=Path, metavar="CHECKPOINT", help="score transformers' own model")
     parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--json", type=Path, help="write the result here too")
-    arguments = parser.parse_args()
-    if arguments.base_url:
-        scores = score(served(arguments.base_url, arguments.model), arguments.size)
+    parser.add_argument("--out", type=json_path, metavar="FILE.json", help="write the results here, and to FILE.md")
+    options = parser.parse_args(arguments)
+    if (options.base_url is None) == (options.transformers is None):
+        parser.error("expected either --base-url or --transformers")
+    if options.transformers:
+        system = local_system(options.transformers.name)
+        scores = score(transformed(options.transformers), options.size, streams=1)
     else:
-        scores = score(transformed(arguments.transformers), arguments.size, streams=1)
-    shares = {}
+        system = served_system(options)
+        scores = score(served(options.base_url, system.model), options.size)
+    figures = []
     for kind, rights in scores:
-        share = shares[kind] = sum(rights) / len(rights)
-        verdict = "passed" if share >= PASS_MARKS[kind] else f"below the goal of {PASS_MARKS[kind]:.0%}"
-        print(f"{kind:12} {sum(rights):4} of {len(rights):4}  {share:7.1%}  {verdict}", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"size": arguments.size, "shares": shares}, indent=1) + "\n")
-    raise SystemExit(any(share < PASS_MARKS[kind] for kind, share in shares.items()))
+        figures.append(figure_of(kind, rights))
+        verdict = "passed" if figures[-1].passed else f"below the goal of {PASS_MARKS[kind]:.0%}"
+        print(f"{kind:12} {sum(rights):4} of {len(rights):4}  {figures[-1].value:7.1%}  {verdict}", flush=True)
+    if options.out:
+        write_results(
+            options.out,
+            title="The small model's answers",
+            system=system,
+            settings={"size": options.size, "side": "transformers" if options.transformers else "server"},
+            figures=figures,
+            notes=["The pass marks are goals: shares of right chats."],
+        )
+    return int(not passed(figures))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
