@@ -89,6 +89,17 @@ def test_triton_says_what_it_does_not_take(operation, problem, words):
     assert refusals["triton"] == words
 
 
+def test_triton_selects_no_more_than_it_can_hold():
+    """The table says what the kernel says."""
+    (row,) = (row for row in KERNELS if (row.operation, row.name) == ("topk_select", "triton"))
+    wanted = "a top-k of at most 2048, got 2049"
+    assert row.refuse(replace(ON_A_GPU, topk=2049)) == f"takes {wanted}"
+    assert row.refuse(ON_A_GPU) is None
+    one = torch.zeros(1, 1).int()
+    with pytest.raises(ValueError, match=wanted):
+        row.load()(one.float(), one[0], one[0], one, 16, one.new_zeros(1, 2049))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

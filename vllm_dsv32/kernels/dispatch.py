@@ -122,6 +122,17 @@ def _triton_refuses(problem: Problem) -> Refusal:
     return None
 
 
+_TRITON_TOPK = 2048
+
+
+def _triton_topk_refuses(problem: Problem) -> Refusal:
+    """What is selected has to fit the registers."""
+    refusal = _triton_refuses(problem)
+    if refusal is None and problem.topk > _TRITON_TOPK:
+        return f"takes a top-k of at most {_TRITON_TOPK}, got {problem.topk}"
+    return refusal
+
+
 _GLUON_CAPABILITY = (9, 0)
 _GLUON_FP8_HEADS = 16
 
@@ -144,9 +155,9 @@ def _dotted(capability: tuple[int, int] | None) -> str:
     return "unknown" if capability is None else ".".join(map(str, capability))
 
 
-def _triton(operation: str) -> Kernel:
+def _triton(operation: str, refuse: Callable[[Problem], Refusal] = _triton_refuses) -> Kernel:
     target = f"vllm_dsv32.kernels.{operation}_triton:{operation}"
-    return Kernel(operation, "triton", target, _triton_refuses, graph_capturable=True)
+    return Kernel(operation, "triton", target, refuse, graph_capturable=True)
 
 
 def _reference(operation: str) -> Kernel:
@@ -207,7 +218,7 @@ KERNELS: list[Kernel] = [
     _triton("token_keys"),
     _triton("keys_and_queries"),
     _triton("index_logits"),
-    _triton("topk_select"),
+    _triton("topk_select", _triton_topk_refuses),
     Kernel(
         operation="sparse_mla",
         name="gluon",
