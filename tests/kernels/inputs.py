@@ -58,7 +58,10 @@ def runs_here(kernel: Kernel, problem: Problem) -> bool:
 
 
 def on_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel` on copies of its tensors in the GPU's memory, gaps and all, copied back; itself without a GPU."""
+    """`kernel` on copies of its tensors in the GPU's memory, gaps and all, copied back; itself without a GPU.
+
+    Each tensor is copied by itself: none that is written may share memory with another.
+    """
     if not torch.cuda.is_available():
         return kernel
 

@@ -30,7 +30,9 @@ def test_every_token_knows_its_request_and_its_keys(kernel, requests, padding, t
         starts.append(starts[-1] + query_length)
         expected += [(index, max(0, sequence_length - query_length + i + 1)) for i in range(query_length)]
     num_tokens = starts[-1] + padding
-    request_ids, num_keys, num_scored, num_selected = torch.full((4, num_tokens + 3), -7, dtype=torch.int32)
+    request_ids, num_keys, num_scored, num_selected = (
+        torch.full((num_tokens + 3,), -7, dtype=torch.int32) for _ in range(4)
+    )
     kernel(
         torch.tensor(starts, dtype=torch.int32),
         torch.tensor([length for _, length in requests], dtype=torch.int32),

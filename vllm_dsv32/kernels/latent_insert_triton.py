@@ -46,7 +46,8 @@ def insert_latents(
     groups = tl.arange(0, _NUM_GROUPS)[None, :, None] * _GROUP_SIZE
     dims = groups + tl.arange(0, _GROUP_SIZE)[None, None, :]
     kv_c = (kv_c_ptr + token * kv_c_stride)[:, None, None]
-    x = tl.load(kv_c + dims, mask=exists[:, None, None], other=0.0).to(tl.float32)
+    # Not zeros for tokens that do not exist: their division would take the slow path, and the others wait for it.
+    x = tl.load(kv_c + dims, mask=exists[:, None, None], other=1.0).to(tl.float32)
     # By each thread for its own values, as the latents are, so that none changes hands.
     norm_weight = tl.load(tl.broadcast_to(norm_weight_ptr + dims, x.shape)).to(tl.float32)
     mean_square = tl.sum(tl.sum(x * x, axis=2), axis=1) * (1.0 / _LATENT_DIM)
