@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,8 @@ def compare(options: argparse.Namespace) -> None:
     """The parent: the sides in turn, then table and figure."""
     import torch
 
+    if not _can_draw():
+        print(f"no figure, as matplotlib is not installed: where it is, --redraw {options.out.name} draws it")
     gpu = visible_gpus()[0] if torch.cuda.is_available() else ""
     with tempfile.TemporaryDirectory(prefix="context-cost-") as folder:
         compare_on(gpu, Path(folder), options)
@@ -114,7 +117,12 @@ def compare_on(gpu: str, folder: Path, options: argparse.Namespace) -> None:
             tables={TABLE: rows},
             details=raw,
         )
-        draw(rows, f"{system.model}, {options.cache} cache; {system.device}", options.out.with_suffix(".png"))
+        if _can_draw():
+            draw(rows, f"{system.model}, {options.cache} cache; {system.device}", options.out.with_suffix(".png"))
+
+
+def _can_draw() -> bool:
+    return find_spec("matplotlib") is not None
 
 
 def run_side(side: str, gpu: str, model: Path, folder: Path, options: argparse.Namespace) -> dict[str, Any]:

@@ -69,6 +69,17 @@ def test_both_sides_are_drawn(tmp_path):
     assert not is_seen(one, orange)
 
 
+def test_without_matplotlib_the_results_are_written_and_the_figure_can_follow(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(context_cost, "find_spec", lambda name: None)
+    monkeypatch.setattr(context_cost, "run_side", lambda *_: raw([0.001, 0.003], [0.008, 0.016]))
+    out = tmp_path / "cost.json"
+    main(["--out", str(out), "--new-tokens", "16", "--contexts", "128", "256"])
+    assert "matplotlib is not installed: where it is, --redraw cost.json draws it" in capsys.readouterr().out
+    assert not out.with_suffix(".png").exists()
+    main(["--redraw", str(out)])
+    assert out.with_suffix(".png").exists()
+
+
 def is_seen(image, colour) -> bool:
     """In both halves, on more than a legend's worth of pixels."""
     close = abs(image - colour).max(axis=-1) < 0.03
