@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 
 import triton
-from ptx_rules import negated_extrema
+from ptx_rules import negated_extrema, waits, waits_first
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
@@ -99,6 +99,8 @@ def compile_for(capability: tuple[int, int], compilation: Compilation) -> dict:
         "kernel": full_name(compilation.kernel),
         "shared_nbytes": compiled.metadata.shared,
         "num_negated_extrema": negated_extrema(compiled.asm["ptx"]),
+        "waits": waits(compiled.asm["ptx"]),
+        "waits_first": waits_first(compiled.asm["ptx"]),
         **resources(compiled.asm["cubin"]),
     }
 

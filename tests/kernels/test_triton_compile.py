@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kernels.ptx_rules import negated_extrema
+from kernels.ptx_rules import negated_extrema, waits, waits_first
 
 SHARED_NBYTES = {
     "8.0": 163 << 10,
@@ -52,6 +52,9 @@ def test_every_kernel_compiles_and_fits(capability, sample):
         spills = SPILLING if capability == "9.0" else {}
         assert row["stack_nbytes"] <= spills.get(row["name"], MAX_STACK_NBYTES), row
         assert row["num_negated_extrema"] == 0, row
+        # From SM 90 on, launches begin early: then every kernel has to wait, and otherwise none knows how.
+        begins_early = capability in ("9.0", "10.0", "12.0")
+        assert (row["waits"], row["waits_first"]) == (begins_early, begins_early), row
 
 
 def test_negated_extrema_are_seen():
@@ -70,3 +73,52 @@ $L__BB0_2:
     min.s32 	%r8, %r3, %r7;
 """
     assert negated_extrema(ptx) == 2
+
+
+_WAITING = """.visible .entry _kernel(
+	.param .u64 .ptr .global .align 1 _kernel_param_0
+)
+.reqntid 128
+{
+	.reg .b32 	%r<9>;
+$L__func_begin0:
+// %bb.0:
+	ld.param.b64 	%rd1, [_kernel_param_0];
+	// begin inline asm
+	griddepcontrol.launch_dependents; // dummy %r1
+	// end inline asm
+	{HERE}
+	griddepcontrol.wait; // dummy %r2
+	ld.global.b32 	%r3, [%rd1];
+	ret;
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("here", "first"),
+    [
+        ("mov.u32 	%r4, %tid.x;", True),
+        ("@%p1 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r4], 32;", True),
+        ("ld.global.b32 	%r4, [%rd1];", False),
+        ("@%p1 ld.global.nc.b32 { %r4 }, [ %rd1 + 0 ];", False),
+        ("cp.async.cg.shared.global [ %r4 + 0 ], [ %rd1 + 0 ], 0x10, 0x10;", False),
+        ("st.global.b32 	[%rd1], %r4;", False),
+        ("@%p1 bra 	$L__BB0_2;", False),
+        ("@%p1 ret;", False),
+        ("$L__BB0_1:", False),
+        ("@%p1 griddepcontrol.wait;", False),
+    ],
+)
+def test_what_comes_before_the_wait_is_seen(here, first):
+    ptx = _WAITING.replace("{HERE}", here)
+    assert waits(ptx)
+    assert waits_first(ptx) == first
+
+
+def test_a_kernel_that_never_waits_is_seen():
+    without = _WAITING.replace("griddepcontrol.wait;", "").replace("{HERE}", "")
+    assert waits(without)
+    assert not waits_first(without)
+    assert not waits_first(_WAITING.replace("{HERE}", "") + without)
+    assert not waits_first("")

@@ -4,6 +4,7 @@ Gluon is Triton with layouts and asynchronous copies written out. Here it serves
 gathered by slot are copied to shared memory by the hardware while tensor cores work on the rows before.
 """
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
@@ -21,6 +22,7 @@ __all__ = [
     "load_slot",
     "open_token",
     "row_chunk",
+    "wait_for_launches_before",
 ]
 
 LATENT = gl.constexpr(KV_LORA_RANK)
@@ -29,6 +31,14 @@ BFLOAT16_ROW_CHUNKS = gl.constexpr((KV_LORA_RANK + ROPE_DIM) // 8)
 
 # From Triton 3.9 on, the function has another name.
 _copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
+
+@gluon.jit
+def wait_for_launches_before(DEPENDENT: gl.constexpr) -> None:
+    """See the function of that name in ``triton_dependent_launch``."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @gluon.jit

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from vllm_dsv32.kernels import triton_device
 from vllm_dsv32.kernels.triton_compilation import Compilation
+from vllm_dsv32.kernels.triton_dependent_launch import dependence, launch_options, wait_for_launches_before
 from vllm_dsv32.layout import INDEX_HEAD_DIM, index_key_views
 
 __all__ = ["Tiling", "compilations", "index_logits", "tiling"]
@@ -104,7 +105,9 @@ def _index_logits_kernel(
     KEYS_IN_M: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
+    wait_for_launches_before(DEPENDENT)
     split, num_splits = tl.program_id(1), tl.num_programs(1)
     # Later rows see more keys: the longest work starts first.
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
@@ -209,6 +212,7 @@ def index_logits(
         **_constexprs(num_heads, head_dim, cache.shape[1], tiles),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
+        **launch_options(q_fp8.device),
     )
     return logits
 
@@ -253,7 +257,7 @@ def compilations(capability: tuple[int, int]) -> Iterator[Compilation]:
                 "block_table_stride": "i32",
                 "logits_stride": "i32",
             },
-            constexprs=_constexprs(_NUM_HEADS, INDEX_HEAD_DIM, 64, tiles),
+            constexprs=_constexprs(_NUM_HEADS, INDEX_HEAD_DIM, 64, tiles) | dependence(capability),
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
         )

@@ -21,6 +21,7 @@ from vllm_dsv32.kernels.mla_query import MlaQueries
 from vllm_dsv32.kernels.mla_query_triton import rotate_mla_queries
 from vllm_dsv32.kernels.rope import RopeLayout
 from vllm_dsv32.kernels.triton_compilation import Compilation
+from vllm_dsv32.kernels.triton_dependent_launch import dependence, launch_options, wait_for_launches_before
 from vllm_dsv32.layout import KV_LORA_RANK, ROPE_DIM, is_fp8_ds_mla
 
 __all__ = ["compilations", "keys_and_queries"]
@@ -84,7 +85,9 @@ def _keys_and_queries_kernel(
     INDEX_TOKENS: tl.constexpr,
     INDEX_ROWS: tl.constexpr,
     MLA_ROWS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
+    wait_for_launches_before(DEPENDENT)
     program = tl.program_id(0)
     if program < latents_end:
         insert_latents(
@@ -220,6 +223,7 @@ def keys_and_queries(
         num_warps=_NUM_WARPS,
         num_stages=1,
         enable_fp_fusion=False,
+        **launch_options(q.device),
     )
     return mla_q, q_fp8, weights
 
@@ -276,6 +280,7 @@ def compilations(capability: tuple[int, int]) -> Iterator[Compilation]:
                 "NUM_HEADS": 16,
                 "NOPE_DIM": 128,
                 **_TILES,
+                **dependence(capability),
             },
             num_warps=_NUM_WARPS,
             num_stages=1,

@@ -15,6 +15,7 @@ import torch
 from vllm_dsv32.kernels import sparse_mla_gluon_fp8, sparse_mla_gluon_narrow, sparse_mla_gluon_wide
 from vllm_dsv32.kernels.sparse_mla_launch import Launch, launch, row_views
 from vllm_dsv32.kernels.triton_compilation import Compilation
+from vllm_dsv32.kernels.triton_dependent_launch import dependence
 from vllm_dsv32.layout import is_fp8_ds_mla
 
 __all__ = ["MAX_FP8_HEADS", "compilations", "sparse_mla"]
@@ -122,7 +123,7 @@ def compilations(capability: tuple[int, int]) -> Iterator[Compilation]:
                         "num_slots": "i32",
                         "page_chunks": "i32",
                     },
-                    constexprs=variant.constexprs(num_heads, 64, split),
+                    constexprs=variant.constexprs(num_heads, 64, split) | dependence(capability),
                     num_warps=variant.num_warps,
                     num_stages=1,
                 )

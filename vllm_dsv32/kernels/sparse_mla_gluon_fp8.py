@@ -22,6 +22,7 @@ from vllm_dsv32.kernels.gluon_rows import (
     keys_of_program,
     load_slot,
     row_chunk,
+    wait_for_launches_before,
 )
 from vllm_dsv32.kernels.sparse_mla_join_triton import LN_2
 from vllm_dsv32.kernels.triton_latent import TWO_POW_60
@@ -118,8 +119,10 @@ def sparse_mla_fp8_kernel(
     SPLIT: gl.constexpr,
     HEADS: gl.constexpr,
     KEYS: gl.constexpr,
+    DEPENDENT: gl.constexpr,
 ) -> None:
     """A split of one token for 16 heads; see the launch in ``sparse_mla_gluon``."""
+    wait_for_launches_before(DEPENDENT)
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEADS, 16])
     # Eight threads copy a line of 128 bytes, the period of the swizzle: as words, and as bfloat16.
     WORDS: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])

@@ -22,6 +22,7 @@ from vllm_dsv32.kernels.gluon_rows import (
     load_slot,
     open_token,
     row_chunk,
+    wait_for_launches_before,
 )
 from vllm_dsv32.kernels.sparse_mla_join_triton import LN_2
 
@@ -51,8 +52,10 @@ def sparse_mla_narrow_kernel(
     SPLIT: gl.constexpr,
     HEADS: gl.constexpr,
     KEYS: gl.constexpr,
+    DEPENDENT: gl.constexpr,
 ) -> None:
     """A split of one token for 16 heads; see the launch in ``sparse_mla_gluon``."""
+    wait_for_launches_before(DEPENDENT)
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEADS, 16])
     # Eight threads copy a line of 128 bytes, the period of the swizzle.
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from vllm_dsv32.kernels.triton_compilation import Compilation
+from vllm_dsv32.kernels.triton_dependent_launch import dependence, launch_options, wait_for_launches_before
 from vllm_dsv32.layout import KV_LORA_RANK
 
 __all__ = ["LN_2", "compilations", "join_splits", "keys_of_split", "split_count"]
@@ -69,7 +70,9 @@ def _join_splits_kernel(
     TILE_SIZE: tl.constexpr,
     SPLITS: tl.constexpr,
     DIMS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
+    wait_for_launches_before(DEPENDENT)
     result = tl.program_id(0).to(tl.int64)
     token = result // NUM_HEADS
     num_keys = tl.load(num_valid_ptr + token)
@@ -111,7 +114,15 @@ def join_splits(
     num_tokens, num_splits, num_heads, _ = part_out.shape
     constexprs = _constexprs(num_heads, num_splits, tile_size)
     _join_splits_kernel[(num_tokens * num_heads, KV_LORA_RANK // constexprs["DIMS"])](
-        part_out, part_lse, num_valid, out, lse, num_splits, **constexprs, num_warps=_NUM_WARPS
+        part_out,
+        part_lse,
+        num_valid,
+        out,
+        lse,
+        num_splits,
+        **constexprs,
+        num_warps=_NUM_WARPS,
+        **launch_options(part_out.device),
     )
 
 
@@ -140,7 +151,7 @@ def compilations(capability: tuple[int, int]) -> Iterator[Compilation]:
                 "lse_ptr": "*fp32",
                 "num_splits": "i32",
             },
-            constexprs=dict(_constexprs(16, num_splits, 64)),
+            constexprs=_constexprs(16, num_splits, 64) | dependence(capability),
             num_warps=_NUM_WARPS,
             num_stages=1,
         )

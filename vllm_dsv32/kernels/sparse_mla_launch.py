@@ -9,6 +9,7 @@ import triton
 
 from vllm_dsv32.kernels import triton_device
 from vllm_dsv32.kernels.sparse_mla_join_triton import join_splits, split_count
+from vllm_dsv32.kernels.triton_dependent_launch import launch_options
 from vllm_dsv32.layout import KV_LORA_RANK, is_fp8_ds_mla, latent_fp8_views
 
 __all__ = ["Launch", "launch", "row_views"]
@@ -87,6 +88,7 @@ def launch(
         page_nbytes // _CHUNK_NBYTES,
         **how.constexprs(num_splits > 1),
         **how.options,
+        **launch_options(q.device),
     )
     if num_splits > 1:
         join_splits(part_out, part_lse, num_valid, how.num_keys, out, lse)

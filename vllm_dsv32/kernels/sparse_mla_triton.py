@@ -22,6 +22,7 @@ from vllm_dsv32.kernels.sparse_mla_join_triton import LN_2, keys_of_split
 from vllm_dsv32.kernels.sparse_mla_launch import Launch, launch, row_views
 from vllm_dsv32.kernels.sparse_mla_tiling import Tiling, tiling
 from vllm_dsv32.kernels.triton_compilation import Compilation
+from vllm_dsv32.kernels.triton_dependent_launch import dependence, wait_for_launches_before
 from vllm_dsv32.kernels.triton_latent import (
     GROUP,
     TWO_POW_60,
@@ -75,7 +76,9 @@ def _sparse_mla_kernel(
     KEYS: tl.constexpr,
     NUM_WARPS: tl.constexpr,
     ADJACENT: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
+    wait_for_launches_before(DEPENDENT)
     # Heads fastest: programs that read the same rows run together.
     HEAD_TILES: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
     part = tl.program_id(0) // HEAD_TILES
@@ -231,7 +234,7 @@ def compilations(capability: tuple[int, int]) -> Iterator[Compilation]:
                     "num_slots": "i32",
                     "page_chunks": "i32",
                 },
-                constexprs=_constexprs(num_heads, 64, row_nbytes, fp8, split, tiles),
+                constexprs=_constexprs(num_heads, 64, row_nbytes, fp8, split, tiles) | dependence(capability),
                 num_warps=tiles.num_warps,
                 num_stages=tiles.num_stages,
                 max_registers=tiles.max_registers,

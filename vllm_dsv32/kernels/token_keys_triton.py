@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from vllm_dsv32.kernels.triton_compilation import Compilation
+from vllm_dsv32.kernels.triton_dependent_launch import dependence, launch_options, wait_for_launches_before
 
 __all__ = ["compilations", "token_keys"]
 
@@ -31,7 +32,9 @@ def _token_keys_kernel(
     topk: tl.tensor,
     TOKENS: tl.constexpr,
     REQUESTS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
+    wait_for_launches_before(DEPENDENT)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     request = tl.zeros((TOKENS,), tl.int32)
     for begin in range(0, num_requests, REQUESTS):
@@ -77,6 +80,7 @@ def token_keys(
         TOKENS=_TOKENS,
         REQUESTS=_REQUESTS,
         num_warps=_NUM_WARPS,
+        **launch_options(seq_lens.device),
     )
 
 
@@ -96,7 +100,7 @@ def compilations(capability: tuple[int, int]) -> Iterator[Compilation]:
             "num_tokens": "i32",
             "topk": "i32",
         },
-        constexprs={"TOKENS": _TOKENS, "REQUESTS": _REQUESTS},
+        constexprs={"TOKENS": _TOKENS, "REQUESTS": _REQUESTS, **dependence(capability)},
         num_warps=_NUM_WARPS,
         num_stages=1,
     )

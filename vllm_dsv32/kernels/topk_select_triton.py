@@ -20,6 +20,7 @@ import triton.language as tl
 
 from vllm_dsv32.kernels import triton_device
 from vllm_dsv32.kernels.triton_compilation import Compilation
+from vllm_dsv32.kernels.triton_dependent_launch import dependence, launch_options, wait_for_launches_before
 from vllm_dsv32.kernels.triton_topk import columns, cut, highest, keys_of, num_before, places
 from vllm_dsv32.kernels.triton_topk_list import list_part, load_list, load_row, shortlist
 
@@ -106,8 +107,10 @@ def _list_kernel(
     SAMPLE: tl.constexpr,
     PARTS: tl.constexpr,
     VECTOR: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
     """List what may be selected of one part of a row."""
+    wait_for_launches_before(DEPENDENT)
     row_index, part = tl.program_id(0), tl.program_id(1)
     seen = tl.load(num_keys_ptr + row_index)
     if seen <= CAPACITY:
@@ -208,8 +211,10 @@ def _select_kernel(
     PARTS: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
     """Select from a row whose parts have been listed, or that fits the capacity: then ``PARTS`` may be 0."""
+    wait_for_launches_before(DEPENDENT)
     row_index = tl.program_id(0)
     seen = tl.load(num_keys_ptr + row_index)
     row = logits_ptr + row_index.to(tl.int64) * logits_stride
@@ -276,6 +281,7 @@ def topk_select(
             topk_slot.stride(0),
             **_select_constexprs(k, capacity, 0, tiles, vector, block_size),
             **_select_options(num_rows, capacity < _capacity(k, tiles), tiles),
+            **launch_options(logits.device),
         )
         return
     rows_at_once = min(num_rows, tiles.num_programs)
@@ -293,6 +299,7 @@ def topk_select(
             **_list_constexprs(k, capacity, parts, tiles, vector),
             num_warps=tiles.num_list_warps,
             maxnreg=tiles.max_list_registers,
+            **launch_options(logits.device),
         )
         _select_kernel[(rows.stop - begin,)](
             logits[rows],
@@ -307,6 +314,7 @@ def topk_select(
             topk_slot.stride(0),
             **_select_constexprs(k, capacity, parts, tiles, vector, block_size),
             **_select_options(rows_at_once, False, tiles),
+            **launch_options(logits.device),
         )
 
 
@@ -335,7 +343,7 @@ def _select_constexprs(
 
 def compilations(capability: tuple[int, int]) -> Iterator[Compilation]:
     """Both kernels for a top-k of 2048: short rows, few and many, and long rows, whole and split."""
-    k, tiles = 2048, tiling(capability)
+    k, tiles, dependent = 2048, tiling(capability), dependence(capability)
     capacity = _capacity(k, tiles)
     rows: dict[str, str] = {"logits_ptr": "*fp32", "num_keys_ptr": "*i32"}
     results: dict[str, str] = dict.fromkeys(("request_ids_ptr", "block_table_ptr", "topk_slot_ptr"), "*i32")
@@ -352,7 +360,7 @@ def compilations(capability: tuple[int, int]) -> Iterator[Compilation]:
                 name=f"topk_select {name}, {num_rows} rows",
                 kernel=_select_kernel,
                 signature={**rows, **results, **lists, **strides},
-                constexprs=_select_constexprs(k, size, parts, tiles, vector=4, block_size=64),
+                constexprs=_select_constexprs(k, size, parts, tiles, vector=4, block_size=64) | dependent,
                 num_warps=options["num_warps"],
                 num_stages=1,
                 max_registers=options["maxnreg"],
@@ -362,7 +370,7 @@ def compilations(capability: tuple[int, int]) -> Iterator[Compilation]:
                 name=f"topk_select list of {name}",
                 kernel=_list_kernel,
                 signature={**rows, **lists, "logits_stride": "i32"},
-                constexprs=_list_constexprs(k, capacity, parts, tiles, vector=4),
+                constexprs=_list_constexprs(k, capacity, parts, tiles, vector=4) | dependent,
                 num_warps=tiles.num_list_warps,
                 num_stages=1,
                 max_registers=tiles.max_list_registers,
