@@ -1,8 +1,7 @@
 """The kernel of ``sparse_mla`` in Gluon for up to 16 heads and an ``fp8_ds_mla`` cache.
 
 As the narrow kernel for bfloat16, but what is copied are the bytes of rows: a warpgroup decodes them into a tile
-of bfloat16 that both products read. Values are decoded without their scales, which go to scores and weights, and
-2^-120 of what they are (see :mod:`vllm_dsv32.kernels.triton_latent`).
+of bfloat16 that both products read.
 """
 
 from triton.experimental import gluon
@@ -14,11 +13,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from vllm_dsv32.kernels.gluon_fp8_rows import (
+    FP8_ROW_CHUNKS,
+    copy_fp8_tile,
+    decode_group,
+    fill_fp8_queries,
+    load_scales,
+    store_group,
+)
 from vllm_dsv32.kernels.gluon_rows import (
     LATENT,
     ROPE,
-    copy_rows,
-    fill_queries,
     keys_of_program,
     load_slot,
     row_chunk,
@@ -26,7 +31,6 @@ from vllm_dsv32.kernels.gluon_rows import (
 )
 from vllm_dsv32.kernels.sparse_mla_join_triton import LN_2
 from vllm_dsv32.kernels.triton_latent import TWO_POW_60
-from vllm_dsv32.layout import LATENT_FP8_NBYTES
 
 __all__ = ["HEADS", "KEYS", "NUM_WARPS", "sparse_mla_fp8_kernel"]
 
@@ -35,69 +39,6 @@ HEADS = 16
 KEYS = 64
 """Of a tile."""
 NUM_WARPS = 4
-
-_ROW_CHUNKS = gl.constexpr(LATENT_FP8_NBYTES // 16)
-
-# From Triton 3.9 on, the method has another name.
-_reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
-
-
-@gluon.jit
-def _copy_tile(
-    raw_ring: gl.shared_memory_descriptor,
-    rope_ring: gl.shared_memory_descriptor,
-    stage: gl.tensor,
-    word_ptr: gl.tensor,
-    rope_ptr: gl.tensor,
-    chunk: gl.tensor,
-    WORDS: gl.constexpr,
-    LINE: gl.constexpr,
-) -> None:
-    """Have the rows of a tile copied; the caller commits."""
-    for g in gl.static_range(4):
-        copy_rows(raw_ring.index(stage * 4 + g), word_ptr + g * 32, chunk, WORDS)
-    copy_rows(rope_ring.index(stage), rope_ptr, gl.convert_layout(chunk, gl.SliceLayout(1, LINE)), LINE)
-
-
-@gluon.jit
-def _decode(raw: gl.shared_memory_descriptor, tile: gl.shared_memory_descriptor, WORDS: gl.constexpr) -> None:
-    """Bytes of a group to bfloat16, times 2^-120: first those at even places, then those at odd ones."""
-    words = raw.load(WORDS)
-    # The arithmetic shift brings in signs, which the mask removes.
-    even = ((words & 0x007F007F) << 4) | ((words & 0x00800080) << 8)
-    odd = ((words >> 4) & 0x07F007F0) | (words & -0x7FFF8000)
-    # In one store: lines of 128 bytes with the even ones, then lines with the odd ones.
-    both = gl.reshape(gl.permute(gl.join(even, odd), (0, 2, 1)), (raw.shape[0], 64))
-    _reinterpret(tile, gl.int32, [raw.shape[0], 64], gl.NVMMASharedLayout(128, 32, 2)).store(both)
-
-
-@gluon.jit
-def _load_scales(
-    scale_ptr: gl.tensor,
-    slot: gl.tensor,
-    page_chunks: gl.tensor,
-    BLOCK_SIZE: gl.constexpr,
-    ROW_CHUNKS: gl.constexpr,
-) -> tuple[gl.tensor, gl.tensor, gl.tensor, gl.tensor]:
-    at = scale_ptr + row_chunk(slot, page_chunks, BLOCK_SIZE, ROW_CHUNKS) * 4
-    return gl.load(at), gl.load(at + 1), gl.load(at + 2), gl.load(at + 3)
-
-
-@gluon.jit
-def _store_group(
-    out_ptr: gl.tensor, acc: gl.tensor, exists: gl.tensor, DIM: gl.constexpr, OUT: gl.constexpr
-) -> None:
-    """A group of the output, ``[128, HEADS]`` in the order of decoded values, to 128 columns of rows of 512."""
-    HEADS: gl.constexpr = acc.shape[1]
-    out = gl.reshape(gl.permute(acc, (1, 0)), (HEADS, 2, 32, 2))
-    out = gl.convert_layout(gl.reshape(gl.permute(out, (0, 2, 3, 1)), (HEADS, 128)), OUT)
-    head = gl.arange(0, HEADS, layout=gl.SliceLayout(1, OUT))
-    dim = gl.arange(0, 128, layout=gl.SliceLayout(0, OUT))
-    gl.store(
-        out_ptr + DIM + (head * LATENT)[:, None] + dim[None, :],
-        out.to(out_ptr.dtype.element_ty),
-        mask=(head < exists)[:, None],
-    )
 
 
 @gluon.jit(do_not_specialize=["num_splits", "num_slots"])
@@ -131,7 +72,6 @@ def sparse_mla_fp8_kernel(
     LINES: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     WEIGHTS: gl.constexpr = gl.NVMMASharedLayout(2 * HEADS, 16, 2)
     RAW: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
-    ROW_CHUNKS: gl.constexpr = _ROW_CHUNKS
     HEAD_TILES: gl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
     part, token, begin, end = keys_of_program(num_valid_ptr, num_splits, KEYS, HEAD_TILES)
     if SPLIT and begin >= end:
@@ -155,25 +95,19 @@ def sparse_mla_fp8_kernel(
     row = gl.arange(0, KEYS, layout=gl.SliceLayout(1, WORDS))
     key = gl.arange(0, KEYS, layout=gl.SliceLayout(1, MMA))
     if begin < end:
-        chunk = row_chunk(load_slot(slots, begin + row, end), page_chunks, BLOCK_SIZE, ROW_CHUNKS)
-        _copy_tile(raw_ring, rope_ring, 0, word_ptr, rope_ptr, chunk, WORDS, LINE)
+        chunk = row_chunk(load_slot(slots, begin + row, end), page_chunks, BLOCK_SIZE, FP8_ROW_CHUNKS)
+        copy_fp8_tile(raw_ring, 0, rope_ring.index(0), word_ptr, rope_ptr, chunk, WORDS, LINE)
     async_copy.commit_group()
     slot = load_slot(slots, begin + KEYS + row, end)
     scale_slot = load_slot(slots, begin + key, end)
-    scale_0, scale_1, scale_2, scale_3 = _load_scales(scale_ptr, scale_slot, page_chunks, BLOCK_SIZE, ROW_CHUNKS)
+    scale_0, scale_1, scale_2, scale_3 = load_scales(scale_ptr, scale_slot, page_chunks, BLOCK_SIZE)
     scale_slot = load_slot(slots, begin + KEYS + key, end)
 
     first = gl.program_id(0) % HEAD_TILES * HEADS
     exists = NUM_HEADS - first
     head = gl.arange(0, HEADS, layout=gl.SliceLayout(1, LINE))
     q_rows = q_ptr + (token * NUM_HEADS + first + head) * (LATENT + ROPE)
-    # In the order of decoded values.
-    place = gl.arange(0, 128, layout=gl.SliceLayout(0, LINE))
-    dim = place % 64 // 2 * 4 + place % 2 * 2 + place // 64
-    for g in gl.static_range(4):
-        q = gl.load(q_rows[:, None] + g * 128 + dim[None, :], mask=(head < exists)[:, None], other=0.0)
-        q_groups.index(g).store((q.to(gl.float32) * TWO_POW_60).to(gl.bfloat16))
-    fill_queries(q_rope, q_rows, head < exists, LATENT, LINE)
+    fill_fp8_queries(q_groups, q_rope, q_rows, head < exists, LINE)
 
     highest = gl.full([HEADS], float("-inf"), gl.float32, gl.SliceLayout(0, MMA))
     denominator = gl.zeros([KEYS, HEADS], gl.float32, MMA)
@@ -195,19 +129,20 @@ def sparse_mla_fp8_kernel(
         part_r = warpgroup_mma(rope_ring.index(stage), q_rope.permute((1, 0)), none, use_acc=False, is_async=True)
 
         if start + KEYS < end:
-            chunk = row_chunk(slot, page_chunks, BLOCK_SIZE, ROW_CHUNKS)
-            _copy_tile(
-                raw_ring, rope_ring, gl.where(stage == 0, 1, stage - 1), word_ptr, rope_ptr, chunk, WORDS, LINE
+            chunk = row_chunk(slot, page_chunks, BLOCK_SIZE, FP8_ROW_CHUNKS)
+            following = gl.where(stage == 0, 1, stage - 1)
+            copy_fp8_tile(
+                raw_ring, following * 4, rope_ring.index(following), word_ptr, rope_ptr, chunk, WORDS, LINE
             )
         async_copy.commit_group()
         slot = load_slot(slots, start + 2 * KEYS + row, end)
-        next_0, next_1, next_2, next_3 = _load_scales(scale_ptr, scale_slot, page_chunks, BLOCK_SIZE, ROW_CHUNKS)
+        next_0, next_1, next_2, next_3 = load_scales(scale_ptr, scale_slot, page_chunks, BLOCK_SIZE)
         scale_slot = load_slot(slots, start + 2 * KEYS + key, end)
 
-        _decode(raw_ring.index(stage * 4), decoded_0, WORDS)
-        _decode(raw_ring.index(stage * 4 + 1), decoded_1, WORDS)
-        _decode(raw_ring.index(stage * 4 + 2), decoded_2, WORDS)
-        _decode(raw_ring.index(stage * 4 + 3), decoded_3, WORDS)
+        decode_group(raw_ring.index(stage * 4), decoded_0, WORDS)
+        decode_group(raw_ring.index(stage * 4 + 1), decoded_1, WORDS)
+        decode_group(raw_ring.index(stage * 4 + 2), decoded_2, WORDS)
+        decode_group(raw_ring.index(stage * 4 + 3), decoded_3, WORDS)
         fence_async_shared()
         q_0, q_1 = q_groups.index(zero).permute((1, 0)), q_groups.index(zero + 1).permute((1, 0))
         q_2, q_3 = q_groups.index(zero + 2).permute((1, 0)), q_groups.index(zero + 3).permute((1, 0))
@@ -255,7 +190,7 @@ def sparse_mla_fp8_kernel(
     head = gl.arange(0, HEADS, layout=gl.SliceLayout(0, MMA))
     gl.store(lse_ptr + result + head, lse, mask=head < exists)
     out_ptr += result * LATENT
-    _store_group(out_ptr, acc_0 * normaliser, exists, 0, OUT)
-    _store_group(out_ptr, acc_1 * normaliser, exists, 128, OUT)
-    _store_group(out_ptr, acc_2 * normaliser, exists, 256, OUT)
-    _store_group(out_ptr, acc_3 * normaliser, exists, 384, OUT)
+    store_group(out_ptr, gl.permute(acc_0 * normaliser, (1, 0)), exists, 0, OUT)
+    store_group(out_ptr, gl.permute(acc_1 * normaliser, (1, 0)), exists, 128, OUT)
+    store_group(out_ptr, gl.permute(acc_2 * normaliser, (1, 0)), exists, 256, OUT)
+    store_group(out_ptr, gl.permute(acc_3 * normaliser, (1, 0)), exists, 384, OUT)
