@@ -7,7 +7,7 @@ import torch
 
 from kernels.inputs import PROBLEM, latent_cache
 from vllm_dsv32.kernels import sparse_mla, sparse_mla_gluon, sparse_mla_launch
-from vllm_dsv32.kernels.dispatch import explain
+from vllm_dsv32.kernels.dispatch import explain, select_kernels
 from vllm_dsv32.layout import latent_fp8_views
 
 needs_hopper = pytest.mark.skipif(
@@ -17,7 +17,7 @@ SCALE = 0.04
 NUM_VALID = [0, 1, 63, 64, 65, 127, 128, 129, 139, 1000, 2047, 2048, 2048]
 FORMATS_AND_HEADS = [
     *(("bfloat16", heads) for heads in (1, 8, 16, 17, 32, 64, 65, 128)),
-    *(("fp8_ds_mla", heads) for heads in (1, 8, 16)),
+    *(("fp8_ds_mla", heads) for heads in (1, 8, 16, 33, 64, 127, 128)),
 ]
 
 
@@ -72,7 +72,8 @@ def test_counts_around_tiles_and_splits(monkeypatch, cache_format, num_heads, nu
 
 
 @pytest.mark.parametrize("block_size", [16, 48, 256])
-@pytest.mark.parametrize(("cache_format", "num_heads"), [("bfloat16", 16), ("bfloat16", 64), ("fp8_ds_mla", 16)])
+@pytest.mark.parametrize("num_heads", [16, 64])
+@pytest.mark.parametrize("cache_format", ["bfloat16", "fp8_ds_mla"])
 @needs_hopper
 def test_other_pages(cache_format, num_heads, block_size):
     arguments = problem(cache_format, num_heads, [300, 64, 2000], block_size)
@@ -92,7 +93,7 @@ def test_other_pages(cache_format, num_heads, block_size):
         (
             torch.zeros(1, 17, 576).bfloat16(),
             torch.zeros(1, 16, 656, dtype=torch.uint8),
-            "takes at most 16 heads with an fp8_ds_mla cache, got 17",
+            "takes up to 16 heads, or 33 and more, with an fp8_ds_mla cache, got 17",
         ),
     ],
 )
@@ -101,8 +102,28 @@ def test_what_it_does_not_take(q, cache, message):
         sparse_mla_gluon.sparse_mla(q, cache, torch.zeros(1, 1).int(), torch.ones(1).int(), SCALE)
 
 
+def gluon_refusal(num_heads: int, cache_format: str) -> str | None:
+    asked = replace(PROBLEM, num_heads=num_heads, cache_format=cache_format)
+    return next(refusal for row, refusal in explain("sparse_mla", asked) if row.name == "gluon")
+
+
 def test_the_table_offers_what_the_kernels_take():
-    for num_heads in (1, 16, 17, 128):
-        problem = replace(PROBLEM, num_heads=num_heads, cache_format="fp8_ds_mla")
-        (refusal,) = (refusal for row, refusal in explain("sparse_mla", problem) if row.name == "gluon")
-        assert (refusal is None) == (num_heads <= sparse_mla_gluon.MAX_FP8_HEADS)
+    for num_heads in range(1, 130):
+        refusal = gluon_refusal(num_heads, "fp8_ds_mla")
+        assert (refusal is None) == sparse_mla_gluon.takes_fp8(num_heads)
+        assert gluon_refusal(num_heads, "auto") is None
+    assert gluon_refusal(17, "fp8_ds_mla") == "takes up to 16 heads, or 33 and more, with fp8_ds_mla, got 17"
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "name"),
+    [(1, "gluon"), (16, "gluon"), (17, "triton"), (32, "triton"), (33, "gluon"), (128, "gluon")],
+)
+def test_which_kernel_reads_an_fp8_cache(num_heads, name):
+    kernels = select_kernels(replace(PROBLEM, num_heads=num_heads, cache_format="fp8_ds_mla"))
+    assert kernels.names["sparse_mla"] == name
+
+
+@pytest.mark.parametrize("num_heads", [8, 24, 32, 48, 64, 96, 128])
+def test_which_kernel_reads_a_bfloat16_cache(num_heads):
+    assert select_kernels(replace(PROBLEM, num_heads=num_heads)).names["sparse_mla"] == "gluon"

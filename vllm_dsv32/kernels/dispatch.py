@@ -134,7 +134,8 @@ def _triton_topk_refuses(problem: Problem) -> Refusal:
 
 
 _GLUON_CAPABILITY = (9, 0)
-_GLUON_FP8_HEADS = 16
+_TRITON_FP8_HEADS = range(17, 33)
+"""Too many for Gluon's narrow kernel, and too few for its wide one to be faster than Triton's."""
 
 
 def _gluon_refuses(problem: Problem) -> Refusal:
@@ -146,8 +147,9 @@ def _gluon_refuses(problem: Problem) -> Refusal:
         return f"takes compute capability {_dotted(_GLUON_CAPABILITY)}, got {_dotted(problem.capability)}"
     if problem.dtype != torch.bfloat16:
         return f"takes models in bfloat16, got {problem.dtype}"
-    if problem.cache_format == FP8_DS_MLA and problem.num_heads > _GLUON_FP8_HEADS:
-        return f"takes at most {_GLUON_FP8_HEADS} heads with {FP8_DS_MLA}, got {problem.num_heads}"
+    if problem.cache_format == FP8_DS_MLA and problem.num_heads in _TRITON_FP8_HEADS:
+        most, least = _TRITON_FP8_HEADS.start - 1, _TRITON_FP8_HEADS.stop
+        return f"takes up to {most} heads, or {least} and more, with {FP8_DS_MLA}, got {problem.num_heads}"
     return None
 
 
