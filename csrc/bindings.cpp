@@ -1,0 +1,119 @@
+// Operators of the library, on torch's stable ABI: one build serves every torch from 2.11 on, and every Python.
+#include <dlfcn.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <initializer_list>
+
+#include "checks.h"
+#include "layout.h"
+#include "sparse_mla_sm90.h"
+
+namespace dsv32 {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+void require_tensor(const Tensor& x, const char* name, ScalarType type, std::initializer_list<int64_t> sizes) {
+  bool fits = x.is_cuda() && x.scalar_type() == type && x.is_contiguous() && x.dim() == int64_t(sizes.size());
+  int64_t dim = 0;
+  for (const int64_t size : sizes) {
+    fits = fits && x.size(dim++) == size;
+  }
+  require(fits, "sparse_mla_fp8: ", name, ": expected a contiguous CUDA tensor of another type or shape");
+}
+
+// Looked up when called: a torch without CUDA lacks the function, and can yet load the library and describe its
+// operators.
+void* current_stream(int device_index) {
+  using GetStream = AOTITorchError (*)(int32_t, void**);
+  static const auto get_stream = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
+    return library == nullptr ? nullptr
+                              : reinterpret_cast<GetStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+  }();
+  require(get_stream != nullptr, "sparse_mla_fp8: this torch was built without CUDA");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(get_stream(device_index, &stream));
+  return stream;
+}
+
+void require_splits(int64_t num_splits, int64_t variant) {
+  require(num_splits >= 1 && num_splits <= kMaxSplits && (num_splits & (num_splits - 1)) == 0,
+          "sparse_mla_fp8: num_splits: expected a power of two up to ", kMaxSplits, ", got ", num_splits);
+  require(variant >= 0 && variant < kNumVariants, "sparse_mla_fp8: variant: expected 0 to ", kNumVariants - 1,
+          ", got ", variant);
+}
+
+void sparse_mla_fp8(Tensor q, Tensor cache, Tensor topk_slot, Tensor num_valid, double scale_log2,
+                    int64_t num_splits, int64_t variant, Tensor out, Tensor lse) {
+  require(q.dim() == 3 && topk_slot.dim() == 2 && cache.dim() == 3,
+          "sparse_mla_fp8: expected q, cache and topk_slot of 3, 3 and 2 dimensions, got ", q.dim(), ", ",
+          cache.dim(), " and ", topk_slot.dim());
+  const int64_t num_tokens = q.size(0), num_heads = q.size(1), num_slots = topk_slot.size(1);
+  require_splits(num_splits, variant);
+  require_tensor(q, "q", ScalarType::BFloat16, {num_tokens, num_heads, kLatentDim});
+  require_tensor(topk_slot, "topk_slot", ScalarType::Int, {num_tokens, num_slots});
+  require_tensor(num_valid, "num_valid", ScalarType::Int, {num_tokens});
+  require_tensor(out, "out", ScalarType::BFloat16, {num_tokens, num_heads, kKvLoraRank});
+  require_tensor(lse, "lse", ScalarType::Float, {num_tokens, num_heads});
+  require(cache.is_cuda() && cache.scalar_type() == ScalarType::Byte && cache.size(2) == kLatentFp8Nbytes &&
+              cache.stride(2) == 1 && cache.stride(1) == kLatentFp8Nbytes,
+          "sparse_mla_fp8: cache: expected uint8 [num_blocks, block_size, ", kLatentFp8Nbytes, "] with dense rows");
+  const auto rows = static_cast<const uint8_t*>(cache.data_ptr());
+  require(cache.stride(0) % 16 == 0 && reinterpret_cast<uintptr_t>(rows) % 16 == 0,
+          "sparse_mla_fp8: cache: expected pages at multiples of 16 bytes, got one every ", cache.stride(0));
+  if (num_tokens == 0) {
+    return;
+  }
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  const SparseMlaArguments arguments = {
+      .q = q.data_ptr(),
+      .cache = rows,
+      .topk_slot = static_cast<const int32_t*>(topk_slot.data_ptr()),
+      .num_valid = static_cast<const int32_t*>(num_valid.data_ptr()),
+      .out = out.data_ptr(),
+      .lse = static_cast<float*>(lse.data_ptr()),
+      .page_nbytes = cache.stride(0),
+      .scale_log2 = static_cast<float>(scale_log2),
+      .num_tokens = static_cast<int>(num_tokens),
+      .num_heads = static_cast<int>(num_heads),
+      .num_slots = static_cast<int>(num_slots),
+      .block_size = static_cast<int>(cache.size(1)),
+  };
+  const char* error = launch_sparse_mla(arguments, static_cast<int>(num_splits), static_cast<int>(variant),
+                                        current_stream(q.get_device_index()));
+  require(error == nullptr, "sparse_mla_fp8: ", error ? error : "");
+}
+
+// Of the current device.
+int64_t sparse_mla_fp8_concurrency(int64_t num_splits, int64_t variant) {
+  require_splits(num_splits, variant);
+  int count = 0;
+  const char* error = count_concurrent_clusters(static_cast<int>(num_splits), static_cast<int>(variant), &count);
+  require(error == nullptr, "sparse_mla_fp8_concurrency: ", error ? error : "");
+  return count;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(vllm_dsv32, library) {
+  library.def(
+      "sparse_mla_fp8(Tensor q, Tensor cache, Tensor topk_slot, Tensor num_valid, float scale_log2, int num_splits, "
+      "int variant, Tensor(a!) out, Tensor(b!) lse) -> ()");
+  library.def("sparse_mla_fp8_concurrency(int num_splits, int variant) -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vllm_dsv32, CUDA, library) {
+  library.impl("sparse_mla_fp8", TORCH_BOX(&sparse_mla_fp8));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vllm_dsv32, CompositeExplicitAutograd, library) {
+  library.impl("sparse_mla_fp8_concurrency", TORCH_BOX(&sparse_mla_fp8_concurrency));
+}
+
+}  // namespace dsv32

@@ -1,0 +1,88 @@
+"""Build the library of CUDA kernels for SM 90: ``python csrc/build.py [DIRECTORY]``.
+
+It needs nvcc, a C++20 compiler and torch's headers; no GPU, no Python headers. By default the library goes to where
+:mod:`vllm_dsv32.kernels.cuda_library` looks for it.
+"""
+
+import argparse
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+__all__ = ["LIBRARY_NAME", "build", "find_nvcc"]
+
+LIBRARY_NAME = "libvllm_dsv32_sm90.so"
+_SOURCES = Path(__file__).resolve().parent
+_PACKAGE = _SOURCES.parent / "vllm_dsv32"
+_OLDEST_TORCH = "((0ULL + 2) << 56 | (0ULL + 11) << 48)"
+"""The stable ABI that is used; the build's own torch may be newer."""
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler: what the path has, else that of the usual place."""
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def build(directory: Path = _PACKAGE) -> Path:
+    """Compile and link; returns the library.
+
+    Raises:
+        RuntimeError: there is no nvcc or no torch, or a command fails; the message has its output.
+    """
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise RuntimeError("nvcc is neither in the path nor in /usr/local/cuda/bin; install CUDA 12.8 or later")
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise RuntimeError("torch is not installed; its headers are needed")
+    torch = Path(spec.origin).parent
+    directory.mkdir(parents=True, exist_ok=True)
+    objects = [directory / f"{name}.o" for name in ("sparse_mla_sm90", "bindings")]
+    common = [nvcc, "-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-c"]
+    _run(
+        *common,
+        "-gencode=arch=compute_90a,code=sm_90a",
+        str(_SOURCES / "sparse_mla_sm90.cu"),
+        "-o",
+        str(objects[0]),
+    )
+    _run(
+        *common,
+        f"-I{torch / 'include'}",
+        f"-DTORCH_TARGET_VERSION={_OLDEST_TORCH}",
+        str(_SOURCES / "bindings.cpp"),
+        "-o",
+        str(objects[1]),
+    )
+    library = directory / LIBRARY_NAME
+    _run(
+        nvcc,
+        "-shared",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-cudart=static",
+        *map(str, objects),
+        f"-L{torch / 'lib'}",
+        "-ltorch_cpu",
+        "-o",
+        str(library),
+    )
+    for path in objects:
+        path.unlink()
+    return library
+
+
+def _run(*command: str) -> None:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stdout}{result.stderr}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, nargs="?", default=_PACKAGE)
+    try:
+        print(build(parser.parse_args().directory))
+    except RuntimeError as error:
+        sys.exit(str(error))

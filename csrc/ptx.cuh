@@ -1,0 +1,179 @@
+// Instructions of SM 90 that CUDA C++ has no name for, one function each.
+#pragma once
+
+#include <cstdint>
+
+namespace dsv32 {
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// What the launch has allocated.
+__device__ __forceinline__ uint8_t* shared_memory() {
+  extern __shared__ __align__(128) uint8_t memory[];
+  return memory;
+}
+
+// ---- mbarrier -------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+
+// Makes initialised barriers visible to copies, which another unit carries out.
+__device__ __forceinline__ void fence_mbarrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Arrives, and has the phase wait for so many bytes besides.
+__device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, int nbytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(nbytes)
+               : "memory");
+}
+
+// Arrives once this thread's copies of 16 bytes so far are complete; counts as one of the expected arrivals.
+__device__ __forceinline__ void mbarrier_arrive_after_copies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Returns when the phase of this parity is complete. Phases alternate from 0; that before the first counts as
+// complete, so who waits for a free stage starts with parity 1.
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra over;\n"
+      "bra again;\n"
+      "over:\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// ---- barriers of threads ----------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void named_barrier(int id, int num_threads) {
+  asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
+}
+
+// Of all threads of the cluster. What a thread has written before, the others see after.
+__device__ __forceinline__ void cluster_barrier() {
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// As above, but orders nothing: for who only has to stay until the others come.
+__device__ __forceinline__ void cluster_barrier_relaxed() {
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// True in one lane of the warp. The compiler knows that there is only one, and uses uniform registers for it.
+__device__ __forceinline__ bool elect_lane() {
+  uint32_t elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "elect.sync _|p, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}\n"
+      : "=r"(elected));
+  return elected != 0;
+}
+
+// ---- copies from global to shared memory ------------------------------------------------------------------------
+
+// Both addresses and the size are multiples of 16; the barrier is told of every byte that has arrived.
+__device__ __forceinline__ void copy_bulk(void* shared, const void* global, int nbytes, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(shared)),
+               "l"(__cvta_generic_to_global(global)), "r"(nbytes), "r"(shared_address(barrier))
+               : "memory");
+}
+
+__device__ __forceinline__ void copy_16_bytes(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared),
+               "l"(__cvta_generic_to_global(global))
+               : "memory");
+}
+
+// ---- matrices ---------------------------------------------------------------------------------------------------
+
+// Four matrices of eight rows of 16 bytes. Lane 8 i + r names row r of matrix i; lane 4 g + t receives of each
+// matrix the four bytes 4 t of row g.
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address));
+}
+
+// As above, but lane 4 g + t receives the two bytes 2 g of row 2 t, and above them those of row 2 t + 1.
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address));
+}
+
+// acc[16, 8] += a[16, 16] b[16, 8] in bfloat16. Lane 4 g + t holds
+//   a: (g, 2 t), (g + 8, 2 t), (g, 2 t + 8), (g + 8, 2 t + 8), each with the next column above it,
+//   b: (2 t, g), (2 t + 8, g), each with the next row above it,
+//   acc: (g, 2 t), (g, 2 t + 1), (g + 8, 2 t), (g + 8, 2 t + 1).
+__device__ __forceinline__ void multiply(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// ---- functions --------------------------------------------------------------------------------------------------
+
+// What exp2f adds to these is the care for subnormal arguments and results, which weights do without.
+__device__ __forceinline__ float exp2_approximate(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// ---- registers --------------------------------------------------------------------------------------------------
+
+// Of each thread of this warpgroup; all four warps call it.
+template <int kCount>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
+template <int kCount>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
+// ---- shared memory of other blocks of the cluster ---------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t address_in_block(uint32_t shared, int rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared), "r"(rank));
+  return address;
+}
+
+__device__ __forceinline__ float2 load_pair_in_cluster(uint32_t address) {
+  float2 x;
+  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address));
+  return x;
+}
+
+__device__ __forceinline__ float4 load_quad_in_cluster(uint32_t address) {
+  float4 x;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(address));
+  return x;
+}
+
+}  // namespace dsv32

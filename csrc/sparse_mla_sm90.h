@@ -1,0 +1,30 @@
+// The launch of the operation sparse_mla on SM 90; no CUDA headers, so that the bindings need none.
+#pragma once
+
+#include <cstdint>
+
+namespace dsv32 {
+
+struct SparseMlaArguments {
+  const void* q;                // bfloat16 [num_tokens, num_heads, 576]
+  const uint8_t* cache;         // fp8_ds_mla rows, page after page
+  const int32_t* topk_slot;     // [num_tokens, num_slots]
+  const int32_t* num_valid;     // [num_tokens]
+  void* out;                    // bfloat16 [num_tokens, num_heads, 512]
+  float* lse;                   // [num_tokens, num_heads], natural
+  int64_t page_nbytes;          // from page to page, a multiple of 16
+  float scale_log2;             // of the scores, times log2(e)
+  int num_tokens;
+  int num_heads;
+  int num_slots;
+  int block_size;
+};
+
+constexpr int kNumVariants = 5;
+constexpr int kMaxSplits = 16;
+
+// Both return null, or what went wrong. Keys are split among the blocks of a cluster: 1, 2, 4, 8 or 16.
+const char* launch_sparse_mla(const SparseMlaArguments& arguments, int num_splits, int variant, void* stream);
+const char* count_concurrent_clusters(int num_splits, int variant, int* count);
+
+}  // namespace dsv32

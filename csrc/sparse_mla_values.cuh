@@ -1,0 +1,185 @@
+// The two warpgroups that sum rows by their weights, and store or join what comes out.
+//
+// Heads are the rows of the product, dimensions its columns; each warp takes 64 dimensions, which share a scale.
+// Reading with transposition gives lane 4 g + t bytes 2 g and 2 g + 1 of keys 2 t and 2 t + 1 of a block of eight
+// keys by 16 dimensions: the even ones are an operand for dimensions 2 g, the odd ones for 2 g + 1. So a lane's
+// results, columns 2 t and 2 t + 1 of either, are dimensions 4 t to 4 t + 3.
+#pragma once
+
+#include "e4m3_decode.cuh"
+#include "sparse_mla_block.cuh"
+
+namespace dsv32 {
+
+constexpr int kUnitsOfWarp = kDimsOfWarp / 16;
+constexpr float kLn2 = 0.6931471805599453f;
+
+// For each 16 dimensions: the even ones, and the odd ones.
+using Sums = float[kUnitsOfWarp][2][4];
+
+// Where these warpgroups are in all that they share with the others.
+template <class C>
+struct ValueTurns {
+  Turn<C::kStages> rows;
+  Turn<kWeightStages> weights;
+  Turn<1> softmax;
+};
+
+template <class C>
+__device__ __forceinline__ void sum_tiles(Sums& sums, ValueTurns<C>& turns, Shared<C>& shared, const Work& work,
+                                          int warp, int lane) {
+  const int g = lane / 4;
+  const int group = warp * kDimsOfWarp / kLatentGroupSize;
+  // As the loads take them: a block of eight keys, the next one, and both 16 bytes on; and heads 0 to 7, 8 to 15, and
+  // both eight keys on.
+  const int row_offset = (lane % 8 + lane / 8 % 2 * 8) * kLatentFp8Nbytes + lane / 16 * 16 + warp * kDimsOfWarp;
+  const int weight_offset = ((lane % 8 + lane / 8 % 2 * 8) * kWeightPitch + lane / 16 * 8) * 2;
+
+  for (int tile = 0; tile < work.num_tiles; ++tile, turns.rows.next(), turns.weights.next()) {
+    const int stage = turns.weights.stage;
+    // Full before the weights were; waiting for it makes what was copied visible here too.
+    mbarrier_wait(&shared.rows_full[turns.rows.stage], turns.rows.parity);
+    mbarrier_wait(&shared.weights_full[stage], turns.weights.parity);
+    const float factor[2] = {shared.shrink[stage][g], shared.shrink[stage][g + 8]};
+    // Maxima move in the first tiles, and seldom later.
+    if (__any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f)) {
+#pragma unroll
+      for (int unit = 0; unit < kUnitsOfWarp; ++unit) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          sums[unit][i / 4][i % 4] *= factor[i % 4 / 2];
+        }
+      }
+    }
+    const uint32_t weights = shared_address(&shared.weights[stage][group][0][0]) + weight_offset;
+    const uint32_t rows = shared_address(&shared.rows[turns.rows.stage][0][0]) + row_offset;
+#pragma unroll
+    for (int key = 0; key < kTileKeys; key += 16) {
+      uint32_t a[4], r[4];
+      load_matrices(a, weights + key * 2);
+#pragma unroll
+      for (int unit = 0; unit < kUnitsOfWarp; unit += 2) {
+        load_matrices_transposed(r, rows + key * kLatentFp8Nbytes + unit * 16);
+        multiply(sums[unit][0], a, decode_even(r[0]), decode_even(r[1]));
+        multiply(sums[unit][1], a, decode_odd(r[0]), decode_odd(r[1]));
+        multiply(sums[unit + 1][0], a, decode_even(r[2]), decode_even(r[3]));
+        multiply(sums[unit + 1][1], a, decode_odd(r[2]), decode_odd(r[3]));
+      }
+    }
+    __syncwarp();
+    if (lane == 0) {
+      // The scores of these rows were computed before their weights were: nobody else reads the rows any more.
+      mbarrier_arrive(&shared.rows_free[turns.rows.stage]);
+      mbarrier_arrive(&shared.weights_free[stage]);
+    }
+  }
+}
+
+__device__ __forceinline__ void store_quad(const SparseMlaArguments& p, const Work& work, int head, int dim,
+                                           const float4& x) {
+  const __nv_bfloat162 low = __floats2bfloat162_rn(x.x, x.y), high = __floats2bfloat162_rn(x.z, x.w);
+  const int64_t row = static_cast<int64_t>(work.token) * p.num_heads + work.first_head + head;
+  *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(p.out) + row * kKvLoraRank + dim) =
+      make_uint2(reinterpret_cast<const uint32_t&>(low), reinterpret_cast<const uint32_t&>(high));
+}
+
+// Without keys: minus infinity.
+__device__ __forceinline__ void store_lse(const SparseMlaArguments& p, const Work& work, int head, float highest,
+                                          float total) {
+  p.lse[static_cast<int64_t>(work.token) * p.num_heads + work.first_head + head] =
+      total == 0.0f ? -INFINITY : (highest + log2f(total)) * kLn2;
+}
+
+// Of 2^60, so that sums are what they stand for; without keys, sums are zero.
+__device__ __forceinline__ float normaliser(float total) { return total == 0.0f ? 0.0f : kTwoPow60 / total; }
+
+template <class C>
+__device__ __forceinline__ void store_sums(const Sums& sums, ValueTurns<C>& turns, Shared<C>& shared,
+                                           const SparseMlaArguments& p, const Work& work, int warp, int lane) {
+  const int g = lane / 4, t = lane % 4;
+  mbarrier_wait(&shared.softmax_full, turns.softmax.parity);
+  turns.softmax.next();
+  const float2 softmax_of_half[2] = {shared.softmax[g], shared.softmax[g + 8]};
+  __syncwarp();
+  if (lane == 0) {
+    mbarrier_arrive(&shared.softmax_free);
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int head = g + 8 * half;
+    if (head >= work.num_heads) {
+      continue;
+    }
+    const float2 softmax = softmax_of_half[half];
+    const float factor = normaliser(softmax.y);
+#pragma unroll
+    for (int unit = 0; unit < kUnitsOfWarp; ++unit) {
+      const float* even = &sums[unit][0][2 * half];
+      const float* odd = &sums[unit][1][2 * half];
+      store_quad(p, work, head, warp * kDimsOfWarp + unit * 16 + 4 * t,
+                 make_float4(even[0] * factor, odd[0] * factor, even[1] * factor, odd[1] * factor));
+    }
+    if (warp == 0 && t == 0) {
+      store_lse(p, work, head, softmax.x, softmax.y);
+    }
+  }
+}
+
+template <class C>
+__device__ __forceinline__ float* split_sums(Shared<C>& shared) {
+  return reinterpret_cast<float*>(&shared.rows[0][0][0]);
+}
+
+template <class C>
+__device__ __forceinline__ void keep_sums(const Sums& sums, Shared<C>& shared, int warp, int lane) {
+  const int g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float* row = split_sums(shared) + (g + 8 * half) * kOutPitch + warp * kDimsOfWarp + 4 * t;
+#pragma unroll
+    for (int unit = 0; unit < kUnitsOfWarp; ++unit) {
+      const float* even = &sums[unit][0][2 * half];
+      const float* odd = &sums[unit][1][2 * half];
+      *reinterpret_cast<float4*>(row + unit * 16) = make_float4(even[0], odd[0], even[1], odd[1]);
+    }
+  }
+}
+
+// Each block joins a share of the columns, from the shared memory of all blocks of its cluster.
+template <int kSplits, class C>
+__device__ __forceinline__ void join_sums(Shared<C>& shared, const SparseMlaArguments& p, const Work& work, int rank,
+                                          int thread) {
+  constexpr int kQuads = kKvLoraRank / 4 / kSplits;  // of a row
+  const uint32_t softmax_address = shared_address(shared.softmax);
+  const uint32_t sums_address = shared_address(split_sums(shared));
+  for (int item = thread; item < work.num_heads * kQuads; item += kNumValueWarps * 32) {
+    const int head = item / kQuads;
+    const int dim = (rank * kQuads + item % kQuads) * 4;
+    float2 softmax[kSplits];
+    float4 sums[kSplits];
+    float highest = -INFINITY;
+#pragma unroll
+    for (int split = 0; split < kSplits; ++split) {
+      softmax[split] = load_pair_in_cluster(address_in_block(softmax_address + head * 8, split));
+      sums[split] = load_quad_in_cluster(address_in_block(sums_address + (head * kOutPitch + dim) * 4, split));
+      highest = fmaxf(highest, softmax[split].x);
+    }
+    float total = 0.0f;
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+    for (int split = 0; split < kSplits; ++split) {
+      // Of a split without keys, minus infinity minus itself may be asked for.
+      const float weight = softmax[split].y == 0.0f ? 0.0f : exp2_approximate(softmax[split].x - highest);
+      total += softmax[split].y * weight;
+      sum.x += sums[split].x * weight, sum.y += sums[split].y * weight;
+      sum.z += sums[split].z * weight, sum.w += sums[split].w * weight;
+    }
+    const float factor = normaliser(total);
+    store_quad(p, work, head, dim, make_float4(sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor));
+    if (dim == 0) {
+      store_lse(p, work, head, highest, total);
+    }
+  }
+}
+
+}  // namespace dsv32

@@ -1,0 +1,117 @@
+// What the kernels use of CUDA's own headers, for the emulator.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "emulator.h"
+
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __global__
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+using std::max;
+using std::min;
+
+struct uint2 { unsigned x, y; };
+struct uint4 { unsigned x, y, z, w; };
+struct float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace emulator {
+inline int first_block;
+struct ThreadIndex {
+  struct { operator unsigned() const { return current->index; } } x;
+};
+struct BlockIndex {
+  struct { operator int() const { return first_block + current->block->rank; } } x;
+};
+}  // namespace emulator
+inline emulator::ThreadIndex threadIdx;
+inline emulator::BlockIndex blockIdx;
+inline dim3 gridDim;
+
+inline void __syncthreads() {
+  auto& block = *emulator::current->block;
+  emulator::meet(block.barriers[0], static_cast<int>(block.warps.size()) * 32);
+}
+
+inline void __syncwarp() { emulator::exchange({}); }
+
+template <class T>
+T __shfl_sync(unsigned, T x, int source) {
+  emulator::Lane own = {};
+  std::memcpy(own.words, &x, sizeof(T));
+  std::memcpy(&x, emulator::exchange(own)[source].words, sizeof(T));
+  return x;
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T x, int other) {
+  return __shfl_sync(mask, x, emulator::current->index % 32 ^ other);
+}
+
+inline bool __any_sync(unsigned, bool x) {
+  const emulator::Lane* lanes = emulator::exchange({{x}});
+  return std::any_of(lanes, lanes + 32, [](const emulator::Lane& lane) { return lane.words[0] != 0; });
+}
+
+inline float __uint_as_float(unsigned bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess };
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed };
+enum { cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute {
+  int id;
+  struct { dim3 clusterDim; } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  int numAttrs = 0;
+};
+enum { cudaDevAttrMultiProcessorCount };
+inline cudaError_t cudaGetDevice(int*) { return cudaSuccess; }
+// So few that blocks have several works.
+inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
+  *value = 3;
+  return cudaSuccess;
+}
+inline const char* cudaGetErrorString(cudaError_t) { return "error"; }
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, int, int) { return cudaSuccess; }
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* count, Kernel, const cudaLaunchConfig_t*) {
+  *count = 1;
+  return cudaSuccess;
+}
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments... arguments) {
+  const int size = config->attrs[0].val.clusterDim.x;
+  gridDim = config->gridDim;
+  for (unsigned block = 0; block < config->gridDim.x; block += size) {
+    emulator::first_block = block;
+    emulator::run_cluster(size, config->blockDim.x, config->dynamicSmemBytes, [=] { kernel(arguments...); });
+  }
+  return cudaSuccess;
+}

@@ -1,0 +1,156 @@
+// The functions of csrc/ptx.cuh for the emulator, written from the PTX manual, not from that file.
+#pragma once
+
+#include "cuda_runtime.h"
+
+namespace dsv32 {
+
+using emulator::current;
+
+inline uint8_t* shared_memory() { return current->block->memory; }
+
+// Of this block from 0 on; of block r of the cluster from (r + 1) << 24 on.
+inline uint32_t shared_address(const void* pointer) {
+  const auto offset = static_cast<const uint8_t*>(pointer) - current->block->memory;
+  if (offset < 0 || offset >= static_cast<ptrdiff_t>(current->block->nbytes)) {
+    std::fprintf(stderr, "not in shared memory\n");
+    std::abort();
+  }
+  return static_cast<uint32_t>(offset);
+}
+
+inline uint8_t* at(uint32_t address, uint32_t nbytes) {
+  auto& block = address >> 24 ? *emulator::blocks[(address >> 24) - 1] : *current->block;
+  const uint32_t offset = address & 0xffffff;
+  if (offset % nbytes || offset + nbytes > block.nbytes) {
+    std::fprintf(stderr, "misaligned, or past the end of shared memory\n");
+    std::abort();
+  }
+  return block.memory + offset;
+}
+
+struct Mbarrier {
+  uint16_t expected;
+  uint8_t pending;
+  uint8_t phase;
+  int32_t nbytes;
+
+  void settle() {
+    if (pending == 0 && nbytes == 0) {
+      phase ^= 1;
+      pending = static_cast<uint8_t>(expected);
+    }
+  }
+  void arrive() {
+    if (pending == 0) {
+      std::fprintf(stderr, "more arrivals than expected\n");
+      std::abort();
+    }
+    --pending;
+    settle();
+  }
+};
+static_assert(sizeof(Mbarrier) == 8);
+
+inline Mbarrier& as_mbarrier(uint64_t* barrier) { return *reinterpret_cast<Mbarrier*>(barrier); }
+
+inline void mbarrier_init(uint64_t* barrier, int count) {
+  as_mbarrier(barrier) = {static_cast<uint16_t>(count), static_cast<uint8_t>(count), 0, 0};
+}
+inline void fence_mbarrier_init() {}
+inline void mbarrier_arrive(uint64_t* barrier) { as_mbarrier(barrier).arrive(); }
+inline void mbarrier_arrive_expect(uint64_t* barrier, int nbytes) {
+  as_mbarrier(barrier).nbytes += nbytes;
+  as_mbarrier(barrier).arrive();
+}
+inline void mbarrier_arrive_after_copies(uint64_t* barrier) {
+  current->background.push_back([barrier] { as_mbarrier(barrier).arrive(); });
+}
+inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+  emulator::wait_until([=] { return as_mbarrier(barrier).phase != parity; });
+}
+
+inline void named_barrier(int id, int num_threads) { emulator::meet(current->block->barriers[id], num_threads); }
+inline void cluster_barrier() { emulator::meet(emulator::cluster, static_cast<int>(emulator::threads.size())); }
+inline void cluster_barrier_relaxed() { cluster_barrier(); }
+
+inline bool elect_lane() {
+  __syncwarp();
+  return current->index % 32 == 0;
+}
+
+inline void copy_bulk(void* shared, const void* global, int nbytes, uint64_t* barrier) {
+  if (reinterpret_cast<uintptr_t>(global) % 16 || shared_address(shared) % 16 || nbytes % 16) {
+    std::fprintf(stderr, "a copy of misaligned rows\n");
+    std::abort();
+  }
+  current->background.push_back([=] {
+    std::memcpy(shared, global, nbytes);
+    as_mbarrier(barrier).nbytes -= nbytes;
+    as_mbarrier(barrier).settle();
+  });
+}
+inline void copy_16_bytes(uint32_t shared, const void* global) {
+  uint8_t* target = at(shared, 16);
+  if (reinterpret_cast<uintptr_t>(global) % 16) {
+    std::fprintf(stderr, "a copy of misaligned bytes\n");
+    std::abort();
+  }
+  current->background.push_back([=] { std::memcpy(target, global, 16); });
+}
+
+inline void load_matrices(uint32_t (&r)[4], uint32_t address) {
+  const emulator::Lane* lanes = emulator::exchange({{address}});
+  const int lane = current->index % 32;
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    std::memcpy(&r[matrix], at(lanes[matrix * 8 + lane / 4].words[0], 16) + lane % 4 * 4, 4);
+  }
+}
+inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {
+  const emulator::Lane* lanes = emulator::exchange({{address}});
+  const int lane = current->index % 32;
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    uint16_t halves[2];
+    for (int i = 0; i < 2; ++i) {
+      std::memcpy(&halves[i], at(lanes[matrix * 8 + lane % 4 * 2 + i].words[0], 16) + lane / 4 * 2, 2);
+    }
+    r[matrix] = halves[0] | static_cast<uint32_t>(halves[1]) << 16;
+  }
+}
+
+inline float value_of_half(uint32_t pair, int half) {
+  return __uint_as_float(half ? pair & 0xffff0000u : pair << 16);
+}
+inline void multiply(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulator::Lane own;
+  own.words[0] = a[0] | static_cast<uint64_t>(a[1]) << 32;
+  own.words[1] = a[2] | static_cast<uint64_t>(a[3]) << 32;
+  own.words[2] = b0 | static_cast<uint64_t>(b1) << 32;
+  const emulator::Lane* lanes = emulator::exchange(own);
+  const int lane = current->index % 32;
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    double sum = acc[i];
+    for (int k = 0; k < 16; ++k) {
+      const int of_a = row / 8 + k / 8 * 2;
+      const uint64_t a_words = lanes[row % 8 * 4 + k % 8 / 2].words[of_a / 2];
+      const uint64_t b_words = lanes[column * 4 + k % 8 / 2].words[2];
+      sum += static_cast<double>(value_of_half(static_cast<uint32_t>(a_words >> of_a % 2 * 32), k % 2)) *
+             value_of_half(static_cast<uint32_t>(b_words >> k / 8 * 32), k % 2);
+    }
+    acc[i] = static_cast<float>(sum);
+  }
+}
+
+inline float exp2_approximate(float x) { return std::exp2(x); }
+
+template <int kCount>
+void take_registers() {}
+template <int kCount>
+void give_registers() {}
+
+inline uint32_t address_in_block(uint32_t shared, int rank) { return shared | (rank + 1u) << 24; }
+inline float2 load_pair_in_cluster(uint32_t address) { return *reinterpret_cast<const float2*>(at(address, 8)); }
+inline float4 load_quad_in_cluster(uint32_t address) { return *reinterpret_cast<const float4*>(at(address, 16)); }
+
+}  // namespace dsv32

@@ -1,0 +1,244 @@
+"""The kernel in CUDA C++: its arithmetic and its barriers on the CPU, and all of it on a GPU of SM 90."""
+
+import ctypes
+import importlib.util
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels.inputs import latent_cache
+from vllm_dsv32.kernels import cuda_library, sparse_mla, sparse_mla_cuda
+from vllm_dsv32.layout import latent_fp8_views
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ROOT / "csrc"
+EMULATOR = Path(__file__).parent / "cuda_on_cpu"
+SCALE = 0.04
+VARIANTS = range(5)
+
+needs_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a GPU of SM 90"
+)
+needs_library = pytest.mark.skipif(cuda_library.refusal() is not None, reason=str(cuda_library.refusal()))
+
+
+def problem(num_heads, num_valid, num_slots, num_rows, block_size=64, device="cpu"):
+    """Rows that no token selects are NaN, and slots past the count point out of the cache."""
+    torch.manual_seed(1)
+    valid = torch.tensor(num_valid, dtype=torch.int32)
+    slots = torch.stack([torch.randperm(num_rows)[:num_slots] for _ in num_valid]).int()
+    for token, count in enumerate(num_valid):
+        slots[token, count:] = 2**31 - 1
+    used = slots[slots < num_rows].unique().long()
+    cache = latent_cache(-(-num_rows // block_size), block_size, "fp8_ds_mla", gap_nbytes=64)
+    views, at = latent_fp8_views(cache), (used // block_size, used % block_size)
+    views.nope_fp8.view(torch.uint8)[at] = torch.randn(len(used), 512).to(torch.float8_e4m3fn).view(torch.uint8)
+    views.nope_scale[at] = torch.tensor([0.1, 1.0, 0.03, 0.5]) * (0.5 + torch.rand(len(used), 4))
+    views.rope[at] = torch.randn(len(used), 64).bfloat16()
+    q = torch.randn(len(num_valid), num_heads, 576).bfloat16()
+    q[-1] *= 20  # a softmax of few keys, whose maximum moves
+    return *(x.to(device) for x in (q, cache, slots, valid)), SCALE
+
+
+def assert_near(got, wanted):
+    (out, lse), (wanted_out, wanted_lse) = got, wanted
+    torch.testing.assert_close(lse, wanted_lse, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(out.float(), wanted_out, rtol=2**-7, atol=2**-7 * float(wanted_out.abs().max()))
+
+
+class Arguments(ctypes.Structure):
+    """SparseMlaArguments of csrc/sparse_mla_sm90.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "cache", "topk_slot", "num_valid", "out", "lse")),
+        ("page_nbytes", ctypes.c_int64),
+        ("scale_log2", ctypes.c_float),
+        *((name, ctypes.c_int) for name in ("num_tokens", "num_heads", "num_slots", "block_size")),
+    )
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tmp_path_factory):
+    """The kernel, every thread of it, under an emulator of the instructions that it is written in."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    directory = tmp_path_factory.mktemp("cuda_on_cpu")
+    for source in (*SOURCES.glob("*.cu*"), *SOURCES.glob("*.h"), *EMULATOR.iterdir()):
+        shutil.copy(source, directory)  # the emulator's last: it has a ptx.cuh of its own
+    library = directory / "sparse_mla.so"
+    command = ["g++", "-std=c++20", "-O2", "-w", "-shared", "-fPIC", f"-I{directory}"]
+    subprocess.run([*command, str(directory / "sparse_mla.cpp"), "-o", str(library)], check=True)
+    function = ctypes.CDLL(str(library)).sparse_mla_on_cpu
+    function.restype = ctypes.c_char_p
+
+    def call(q, cache, slots, valid, scale, num_splits, variant, seed=0):
+        out = torch.full((*q.shape[:2], 512), torch.nan, dtype=torch.bfloat16)
+        lse = torch.full(q.shape[:2], torch.nan)
+        tensors = (q, cache, slots, valid, out, lse)
+        arguments = Arguments(
+            *(x.data_ptr() for x in tensors),
+            cache.stride(0),
+            scale * 1.4426950408889634,
+            *(q.shape[0], q.shape[1], slots.shape[1], cache.shape[1]),
+        )
+        assert function(ctypes.byref(arguments), num_splits, variant, seed) is None
+        return out, lse
+
+    return call
+
+
+@pytest.mark.parametrize("num_splits", sparse_mla_cuda.SPLITS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_counts_around_tiles_and_splits_on_cpu(on_cpu, variant, num_splits):
+    arguments = problem(16, [0, 1, 63, 64, 65, 129, 512], 512, 1024)
+    out, lse = on_cpu(*arguments, num_splits, variant)
+    assert_near((out, lse), sparse_mla.reference(arguments[0].float(), *arguments[1:]))
+    assert not out[0].any()
+    assert bool((lse[0] == -torch.inf).all())
+
+
+@pytest.mark.parametrize("num_splits", [1, 4])
+def test_results_do_not_depend_on_the_order_of_threads(on_cpu, num_splits):
+    arguments = problem(16, [0, 1, 63, 512, 0, 700, 1000, 65], 1024, 1024)
+    out, lse = on_cpu(*arguments, num_splits, sparse_mla_cuda.VARIANT)
+    for seed in range(1, 4):  # of when each warp runs and each copy is done
+        again, lse_again = on_cpu(*arguments, num_splits, sparse_mla_cuda.VARIANT, seed)
+        assert torch.equal(again, out)
+        assert torch.equal(lse_again, lse)
+
+
+@pytest.mark.parametrize(("num_heads", "block_size"), [(1, 64), (8, 16), (17, 48), (32, 256)])
+def test_other_heads_and_pages_on_cpu(on_cpu, num_heads, block_size):
+    arguments = problem(num_heads, [700, 64], 704, 1024, block_size)
+    got = on_cpu(*arguments, 2, sparse_mla_cuda.VARIANT)
+    assert_near(got, sparse_mla.reference(arguments[0].float(), *arguments[1:]))
+
+
+def test_a_row_of_nan_makes_nan_on_cpu(on_cpu):
+    arguments = problem(4, [100], 128, 256)
+    cache, slots = arguments[1:3]
+    slot = int(slots[0, 7])
+    latent_fp8_views(cache).nope_scale[slot // 64, slot % 64, 2] = torch.nan
+    out, lse = on_cpu(*arguments, 1, 0)
+    assert bool(lse.isnan().all())
+    assert bool(out.isnan().all())
+
+
+def load_build():
+    spec = importlib.util.spec_from_file_location("csrc_build", SOURCES / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_library_builds_and_loads(tmp_path):
+    build = load_build()
+    if build.find_nvcc() is None:
+        pytest.skip("needs nvcc")
+    assert build.LIBRARY_NAME == cuda_library.LIBRARY_NAME
+    library = build.build(tmp_path)
+    # A process of its own: a library's operators can be registered once.
+    check = (
+        f"import pathlib; from vllm_dsv32.kernels import cuda_library as c; "
+        f"assert c.refusal(pathlib.Path({str(library)!r})) is None; "
+        f"import torch; print(torch.ops.vllm_dsv32.sparse_mla_fp8.default._schema)"
+    )
+    result = subprocess.run(["python", "-c", check], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.startswith("vllm_dsv32::sparse_mla_fp8(Tensor q, Tensor cache")
+
+
+def test_without_nvcc_the_build_says_so(monkeypatch, tmp_path):
+    build = load_build()
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    with pytest.raises(RuntimeError, match=r"nvcc is neither in the path nor in /usr/local/cuda/bin"):
+        build.build(tmp_path)
+
+
+def test_a_library_that_is_not_there(tmp_path):
+    assert "which was not built; python csrc/build.py" in cuda_library.refusal(tmp_path / "none.so")
+
+
+def test_a_library_that_is_none(tmp_path):
+    path = tmp_path / cuda_library.LIBRARY_NAME
+    path.write_bytes(b"not a library")
+    assert "cannot be loaded" in cuda_library.refusal(path)
+
+
+@needs_library
+def test_nothing_is_run_on_tensors_without_memory():
+    q = torch.empty(3, 16, 576, dtype=torch.bfloat16, device="meta")
+    cache = torch.empty(4, 64, 656, dtype=torch.uint8, device="meta")
+    slots = torch.empty(3, 128, dtype=torch.int32, device="meta")
+    out, lse = torch.empty_like(q[..., :512]), torch.empty(3, 16, device="meta")
+    operator = torch.ops.vllm_dsv32.sparse_mla_fp8
+    assert operator(q, cache, slots, slots[:, 0], 1.0, 1, 0, out, lse) is None
+
+
+@pytest.mark.parametrize(
+    ("q", "cache", "message"),
+    [
+        (torch.zeros(1, 4, 576), torch.zeros(1, 16, 656, dtype=torch.uint8), "takes queries in bfloat16"),
+        (
+            torch.zeros(1, 4, 576).bfloat16(),
+            torch.zeros(1, 16, 576),
+            "takes a cache in fp8_ds_mla, got torch.float32",
+        ),
+        (
+            torch.zeros(1, 33, 576).bfloat16(),
+            torch.zeros(1, 16, 656, dtype=torch.uint8),
+            "takes at most 32 heads, got 33",
+        ),
+        (
+            torch.zeros(1, 4, 576).bfloat16(),
+            torch.zeros(2 * (16 * 656 + 8), dtype=torch.uint8).as_strided((2, 16, 656), (16 * 656 + 8, 656, 1)),
+            "expected pages at multiples of 16 bytes, got one every 10504",
+        ),
+    ],
+)
+def test_what_it_does_not_take(q, cache, message):
+    with pytest.raises(ValueError, match=message):
+        sparse_mla_cuda.sparse_mla(q, cache, torch.zeros(1, 1).int(), torch.ones(1).int(), SCALE)
+
+
+def test_splits_fill_the_gpu():
+    concurrency = (132, 66, 32, 16, 7)
+    assert sparse_mla_cuda.split_count(1, 2048, concurrency) == 16
+    assert sparse_mla_cuda.split_count(16, 2048, concurrency) == 8
+    assert sparse_mla_cuda.split_count(64, 2048, concurrency) == 2
+    assert sparse_mla_cuda.split_count(128, 2048, concurrency) == 1
+    assert sparse_mla_cuda.split_count(1, 64, concurrency) == 1
+    assert sparse_mla_cuda.split_count(1, 2048, (132, 0, 0, 0, 0)) == 1
+
+
+@pytest.mark.parametrize("num_splits", [None, *sparse_mla_cuda.SPLITS])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("num_heads", [1, 8, 16, 17, 32])
+@needs_library
+@needs_hopper
+def test_counts_around_tiles_and_splits(monkeypatch, num_heads, variant, num_splits):
+    monkeypatch.setattr(sparse_mla_cuda, "VARIANT", variant)
+    if num_splits is not None:
+        monkeypatch.setattr(sparse_mla_cuda, "split_count", lambda *_: num_splits)
+    num_valid = [0, 1, 63, 64, 65, 127, 128, 129, 139, 1000, 2047, 2048, 2048]
+    arguments = problem(num_heads, num_valid, 2048, 4096, device="cuda")
+    out, lse = sparse_mla_cuda.sparse_mla(*arguments)
+    assert_near((out, lse), sparse_mla.reference(arguments[0].float(), *arguments[1:]))
+    assert not out[0].any()
+    assert bool((lse[0] == -torch.inf).all())
+    for _ in range(20):
+        again, lse_again = sparse_mla_cuda.sparse_mla(*arguments)
+        assert torch.equal(again, out)
+        assert torch.equal(lse_again, lse)
+
+
+@pytest.mark.parametrize("block_size", [16, 48, 256])
+@needs_library
+@needs_hopper
+def test_other_pages(block_size):
+    arguments = problem(16, [300, 64, 2000], 2048, 4096, block_size, device="cuda")
+    got = sparse_mla_cuda.sparse_mla(*arguments)
+    assert_near(got, sparse_mla.reference(arguments[0].float(), *arguments[1:]))

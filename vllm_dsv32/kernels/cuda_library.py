@@ -1,0 +1,44 @@
+"""The library of CUDA kernels that ``csrc/build.py`` builds: finds it, loads it, or says why not.
+
+Its operators are ``torch.ops.vllm_dsv32``. They write to tensors that the caller has allocated and return nothing.
+"""
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+__all__ = ["CAPABILITY", "LIBRARY_NAME", "refusal", "require"]
+
+CAPABILITY = (9, 0)
+"""What the kernels are compiled for; their code runs on nothing else."""
+LIBRARY_NAME = "libvllm_dsv32_sm90.so"
+_PATH = Path(__file__).resolve().parents[1] / LIBRARY_NAME
+
+
+@cache
+def refusal(path: Path = _PATH) -> str | None:
+    """Load the library, once; why it is not to be had, or None."""
+    if not path.exists():
+        return f"needs {LIBRARY_NAME}, which was not built; python csrc/build.py builds it where nvcc is"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"{path} cannot be loaded (torch {torch.__version__}): {error}; python csrc/build.py builds it anew"
+    torch.library.register_fake("vllm_dsv32::sparse_mla_fp8", _writes_its_arguments)
+    return None
+
+
+def require() -> None:
+    """Load the library.
+
+    Raises:
+        RuntimeError: it is not to be had; the message says why.
+    """
+    reason = refusal()
+    if reason is not None:
+        raise RuntimeError(reason)
+
+
+def _writes_its_arguments(*_: object) -> None:
+    """What an operator returns whose results are arguments."""

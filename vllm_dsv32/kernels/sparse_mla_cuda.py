@@ -1,0 +1,107 @@
+"""Operation ``sparse_mla`` for SM 90 in CUDA C++: bfloat16 queries, an ``fp8_ds_mla`` cache, one launch.
+
+A block attends a share of the keys of one token for 16 heads. The shares of a token are the blocks of a cluster,
+which join their results in each other's shared memory: no second launch, no counters, the same sums every time.
+More heads are more blocks, each of which reads the rows.
+"""
+
+from functools import cache
+
+import torch
+
+from vllm_dsv32.kernels import cuda_library
+from vllm_dsv32.layout import KV_LORA_RANK, is_fp8_ds_mla
+
+__all__ = ["HEADS", "KEYS", "MAX_HEADS", "SPLITS", "VARIANT", "sparse_mla", "split_count"]
+
+HEADS = 16
+"""Of a block."""
+KEYS = 64
+"""Of a tile."""
+MAX_HEADS = 32
+"""Beyond, blocks that read the same rows take longer than one that holds more heads."""
+SPLITS = (1, 2, 4, 8, 16)
+"""Blocks of a cluster; more than eight need the GPU's leave, which SM 90 gives."""
+VARIANT = 0
+"""How rows are copied and where queries are held, as in ``csrc/sparse_mla_sm90.cu``; results are the same."""
+
+_LOG2_E = 1.4426950408889634
+_START_COST = 128
+"""Of a block, in keys: waiting for its first slots and rows, and for its last products."""
+_JOIN_COST = 64
+"""Of a cluster, in keys: two barriers among its blocks, and reading each other's results."""
+
+
+def sparse_mla(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    topk_slot: torch.Tensor,
+    num_valid: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`vllm_dsv32.kernels.sparse_mla.reference`; weights are rounded to bfloat16.
+
+    Raises:
+        ValueError: queries or a cache of another type; too many heads; or pages that are not aligned.
+        RuntimeError: the library was not built.
+    """
+    num_tokens, num_heads, _ = q.shape
+    if q.dtype != torch.bfloat16:
+        raise ValueError(f"sparse_mla in CUDA takes queries in bfloat16, got {q.dtype}; choose triton")
+    if not is_fp8_ds_mla(cache):
+        raise ValueError(f"sparse_mla in CUDA takes a cache in fp8_ds_mla, got {cache.dtype}; choose gluon")
+    if num_heads > MAX_HEADS:
+        raise ValueError(f"sparse_mla in CUDA takes at most {MAX_HEADS} heads, got {num_heads}; choose triton")
+    if cache.stride(0) % 16:
+        raise ValueError(f"latent cache: expected pages at multiples of 16 bytes, got one every {cache.stride(0)}")
+    cuda_library.require()
+    out = q.new_empty((num_tokens, num_heads, KV_LORA_RANK))
+    lse = q.new_empty((num_tokens, num_heads), dtype=torch.float32)
+    if num_tokens == 0:
+        return out, lse
+    num_programs = num_tokens * -(-num_heads // HEADS)
+    num_splits = split_count(num_programs, topk_slot.shape[1], _concurrency(q.device, VARIANT))
+    torch.ops.vllm_dsv32.sparse_mla_fp8(
+        q.contiguous(),
+        cache,
+        topk_slot.contiguous(),
+        num_valid,
+        scale * _LOG2_E,
+        num_splits,
+        VARIANT,
+        out,
+        lse,
+    )
+    return out, lse
+
+
+@cache
+def split_count(num_programs: int, num_keys: int, concurrency: tuple[int, ...]) -> int:
+    """Into how many splits to divide the keys of every token, so that the launch is over soonest.
+
+    Args:
+        num_programs: clusters of the launch.
+        num_keys: of a token, at most; the host knows no more.
+        concurrency: clusters of each of SPLITS that the GPU runs at once; zero where it runs none.
+    """
+
+    def cost(num_splits: int, num_concurrent: int) -> int:
+        num_waves = -(-num_programs // num_concurrent)
+        num_tiles = -(-num_keys // (num_splits * KEYS))
+        if num_splits == 1:  # blocks that take one token after the other start once
+            return num_waves * num_tiles * KEYS + _START_COST
+        return num_waves * (num_tiles * KEYS + _START_COST + _JOIN_COST)
+
+    candidates = [
+        (cost(num_splits, num_concurrent), num_splits)
+        for num_splits, num_concurrent in zip(SPLITS, concurrency, strict=True)
+        if num_concurrent and (num_splits == 1 or num_splits * KEYS <= num_keys)
+    ]
+    return min(candidates)[1]
+
+
+@cache
+def _concurrency(device: torch.device, variant: int) -> tuple[int, ...]:
+    """Clusters of each of SPLITS that the GPU runs at once: the processors of a cluster lie together."""
+    with torch.cuda.device(device):
+        return tuple(torch.ops.vllm_dsv32.sparse_mla_fp8_concurrency(splits, variant) for splits in SPLITS)
