@@ -11,6 +11,7 @@
 #include "checks.h"
 #include "layout.h"
 #include "sparse_mla_sm90.h"
+#include "topk_select_sm90.h"
 
 namespace dsv32 {
 namespace {
@@ -18,14 +19,22 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-void require_tensor(const Tensor& x, const char* name, ScalarType type, std::initializer_list<int64_t> sizes) {
+void require_tensor(const char* op, const Tensor& x, const char* name, ScalarType type,
+                    std::initializer_list<int64_t> sizes) {
   bool fits = x.is_cuda() && x.scalar_type() == type && x.is_contiguous() && x.dim() == int64_t(sizes.size());
   int64_t dim = 0;
   for (const int64_t size : sizes) {
     fits = fits && x.size(dim++) == size;
   }
-  require(fits, "sparse_mla_fp8: ", name, ": expected a contiguous CUDA tensor of another type or shape");
+  require(fits, op, ": ", name, ": expected a contiguous CUDA tensor of another type or shape");
 }
+
+void require_rows(const char* op, const Tensor& x, const char* name, ScalarType type) {
+  require(x.is_cuda() && x.scalar_type() == type && x.dim() == 2 && (x.stride(1) == 1 || x.size(1) <= 1), op, ": ",
+          name, ": expected a CUDA tensor of dense rows, or of another type");
+}
+
+bool is_power_of_two(int64_t x, int64_t largest) { return x >= 1 && x <= largest && (x & (x - 1)) == 0; }
 
 // Looked up when called: a torch without CUDA lacks the function, and can yet load the library and describe its
 // operators.
@@ -36,15 +45,15 @@ void* current_stream(int device_index) {
     return library == nullptr ? nullptr
                               : reinterpret_cast<GetStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
   }();
-  require(get_stream != nullptr, "sparse_mla_fp8: this torch was built without CUDA");
+  require(get_stream != nullptr, "this torch was built without CUDA");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(get_stream(device_index, &stream));
   return stream;
 }
 
 void require_splits(int64_t num_splits, int64_t variant) {
-  require(num_splits >= 1 && num_splits <= kMaxSplits && (num_splits & (num_splits - 1)) == 0,
-          "sparse_mla_fp8: num_splits: expected a power of two up to ", kMaxSplits, ", got ", num_splits);
+  require(is_power_of_two(num_splits, kMaxSplits), "sparse_mla_fp8: num_splits: expected a power of two up to ",
+          kMaxSplits, ", got ", num_splits);
   require(variant >= 0 && variant < kNumVariants, "sparse_mla_fp8: variant: expected 0 to ", kNumVariants - 1,
           ", got ", variant);
 }
@@ -56,11 +65,12 @@ void sparse_mla_fp8(Tensor q, Tensor cache, Tensor topk_slot, Tensor num_valid, 
           cache.dim(), " and ", topk_slot.dim());
   const int64_t num_tokens = q.size(0), num_heads = q.size(1), num_slots = topk_slot.size(1);
   require_splits(num_splits, variant);
-  require_tensor(q, "q", ScalarType::BFloat16, {num_tokens, num_heads, kLatentDim});
-  require_tensor(topk_slot, "topk_slot", ScalarType::Int, {num_tokens, num_slots});
-  require_tensor(num_valid, "num_valid", ScalarType::Int, {num_tokens});
-  require_tensor(out, "out", ScalarType::BFloat16, {num_tokens, num_heads, kKvLoraRank});
-  require_tensor(lse, "lse", ScalarType::Float, {num_tokens, num_heads});
+  const char* op = "sparse_mla_fp8";
+  require_tensor(op, q, "q", ScalarType::BFloat16, {num_tokens, num_heads, kLatentDim});
+  require_tensor(op, topk_slot, "topk_slot", ScalarType::Int, {num_tokens, num_slots});
+  require_tensor(op, num_valid, "num_valid", ScalarType::Int, {num_tokens});
+  require_tensor(op, out, "out", ScalarType::BFloat16, {num_tokens, num_heads, kKvLoraRank});
+  require_tensor(op, lse, "lse", ScalarType::Float, {num_tokens, num_heads});
   require(cache.is_cuda() && cache.scalar_type() == ScalarType::Byte && cache.size(2) == kLatentFp8Nbytes &&
               cache.stride(2) == 1 && cache.stride(1) == kLatentFp8Nbytes,
           "sparse_mla_fp8: cache: expected uint8 [num_blocks, block_size, ", kLatentFp8Nbytes, "] with dense rows");
@@ -99,6 +109,59 @@ int64_t sparse_mla_fp8_concurrency(int64_t num_splits, int64_t variant) {
   return count;
 }
 
+void require_clusters(int64_t cluster_size, int64_t variant) {
+  require(is_power_of_two(cluster_size, kMaxTopkCluster), "topk_select: cluster_size: expected a power of two up to ",
+          kMaxTopkCluster, ", got ", cluster_size);
+  require(variant >= 0 && variant < kNumTopkVariants, "topk_select: variant: expected 0 to ", kNumTopkVariants - 1,
+          ", got ", variant);
+}
+
+void topk_select(Tensor logits, Tensor num_keys, Tensor request_ids, Tensor block_table, int64_t block_size,
+                 int64_t cluster_size, int64_t variant, bool dependent, Tensor topk_slot) {
+  const char* op = "topk_select";
+  require_clusters(cluster_size, variant);
+  require_rows(op, logits, "logits", ScalarType::Float);
+  require_rows(op, block_table, "block_table", ScalarType::Int);
+  require(topk_slot.dim() == 2 && topk_slot.size(1) <= kMaxTopk, op, ": topk_slot: expected at most ", kMaxTopk,
+          " a row");
+  const int64_t num_rows = logits.size(0), length = logits.size(1), k = topk_slot.size(1);
+  require_tensor(op, num_keys, "num_keys", ScalarType::Int, {num_rows});
+  require_tensor(op, request_ids, "request_ids", ScalarType::Int, {num_rows});
+  require_tensor(op, topk_slot, "topk_slot", ScalarType::Int, {num_rows, k});
+  require(length < int64_t{1} << 30 && num_rows * cluster_size < int64_t{1} << 31, op, ": logits: too large");
+  require(block_size >= 1 && block_size < int64_t{1} << 31, op, ": block_size: expected 1 or more, got ", block_size);
+  if (num_rows == 0 || k == 0) {
+    return;
+  }
+  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  const TopkSelectArguments arguments = {
+      .logits = static_cast<const float*>(logits.data_ptr()),
+      .num_keys = static_cast<const int32_t*>(num_keys.data_ptr()),
+      .request_ids = static_cast<const int32_t*>(request_ids.data_ptr()),
+      .block_table = static_cast<const int32_t*>(block_table.data_ptr()),
+      .topk_slot = static_cast<int32_t*>(topk_slot.data_ptr()),
+      .logits_stride = logits.stride(0),
+      .block_table_stride = block_table.stride(0),
+      .num_rows = static_cast<int>(num_rows),
+      .length = static_cast<int>(length),
+      .k = static_cast<int>(k),
+      .block_size = static_cast<int>(block_size),
+  };
+  const char* error = launch_topk_select(arguments, static_cast<int>(cluster_size), static_cast<int>(variant),
+                                         dependent, current_stream(logits.get_device_index()));
+  require(error == nullptr, op, ": ", error ? error : "");
+}
+
+// Of the current device.
+int64_t topk_select_concurrency(int64_t cluster_size, int64_t variant) {
+  require_clusters(cluster_size, variant);
+  int count = 0;
+  const char* error =
+      count_concurrent_topk_clusters(static_cast<int>(cluster_size), static_cast<int>(variant), &count);
+  require(error == nullptr, "topk_select_concurrency: ", error ? error : "");
+  return count;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vllm_dsv32, library) {
@@ -106,14 +169,20 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_dsv32, library) {
       "sparse_mla_fp8(Tensor q, Tensor cache, Tensor topk_slot, Tensor num_valid, float scale_log2, int num_splits, "
       "int variant, Tensor(a!) out, Tensor(b!) lse) -> ()");
   library.def("sparse_mla_fp8_concurrency(int num_splits, int variant) -> int");
+  library.def(
+      "topk_select(Tensor logits, Tensor num_keys, Tensor request_ids, Tensor block_table, int block_size, "
+      "int cluster_size, int variant, bool dependent, Tensor(a!) topk_slot) -> ()");
+  library.def("topk_select_concurrency(int cluster_size, int variant) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_dsv32, CUDA, library) {
   library.impl("sparse_mla_fp8", TORCH_BOX(&sparse_mla_fp8));
+  library.impl("topk_select", TORCH_BOX(&topk_select));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_dsv32, CompositeExplicitAutograd, library) {
   library.impl("sparse_mla_fp8_concurrency", TORCH_BOX(&sparse_mla_fp8_concurrency));
+  library.impl("topk_select_concurrency", TORCH_BOX(&topk_select_concurrency));
 }
 
 }  // namespace dsv32

@@ -69,7 +69,17 @@ __device__ __forceinline__ void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// As above, but orders nothing: for who only has to stay until the others come.
+// Its two halves. Reads, too, are done before the first.
+__device__ __forceinline__ void cluster_arrive() {
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  __syncwarp();
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// As cluster_barrier, but orders nothing: for who only has to stay until the others come.
 __device__ __forceinline__ void cluster_barrier_relaxed() {
   __syncwarp();
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
@@ -175,5 +185,24 @@ __device__ __forceinline__ float4 load_quad_in_cluster(uint32_t address) {
                : "r"(address));
   return x;
 }
+
+__device__ __forceinline__ uint32_t load_word_in_cluster(uint32_t address) {
+  uint32_t x;
+  asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(x) : "r"(address));
+  return x;
+}
+
+__device__ __forceinline__ uint4 load_words_in_cluster(uint32_t address) {
+  uint4 x;
+  asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(address));
+  return x;
+}
+
+// ---- launches ---------------------------------------------------------------------------------------------------
+
+// Of a launch that may begin before the last kernel of its stream has ended; of others, at once.
+__device__ __forceinline__ void wait_for_last_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 }  // namespace dsv32

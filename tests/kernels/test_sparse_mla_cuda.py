@@ -2,20 +2,18 @@
 
 import ctypes
 import importlib.util
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
+from kernels.emulated import SOURCES, emulated
 from kernels.inputs import latent_cache
 from vllm_dsv32.kernels import cuda_library, sparse_mla, sparse_mla_cuda
 from vllm_dsv32.layout import latent_fp8_views
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ROOT / "csrc"
-EMULATOR = Path(__file__).parent / "cuda_on_cpu"
 SCALE = 0.04
 VARIANTS = range(5)
 
@@ -62,16 +60,8 @@ class Arguments(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def on_cpu(tmp_path_factory):
-    """The kernel, every thread of it, under an emulator of the instructions that it is written in."""
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++")
-    directory = tmp_path_factory.mktemp("cuda_on_cpu")
-    for source in (*SOURCES.glob("*.cu*"), *SOURCES.glob("*.h"), *EMULATOR.iterdir()):
-        shutil.copy(source, directory)  # the emulator's last: it has a ptx.cuh of its own
-    library = directory / "sparse_mla.so"
-    command = ["g++", "-std=c++20", "-O2", "-w", "-shared", "-fPIC", f"-I{directory}"]
-    subprocess.run([*command, str(directory / "sparse_mla.cpp"), "-o", str(library)], check=True)
-    function = ctypes.CDLL(str(library)).sparse_mla_on_cpu
+    """The kernel under the emulator."""
+    function = emulated("sparse_mla", tmp_path_factory.mktemp("cuda_on_cpu")).sparse_mla_on_cpu
     function.restype = ctypes.c_char_p
 
     def call(q, cache, slots, valid, scale, num_splits, variant, seed=0):

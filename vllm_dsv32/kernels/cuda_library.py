@@ -25,7 +25,8 @@ def refusal(path: Path = _PATH) -> str | None:
         torch.ops.load_library(path)
     except OSError as error:
         return f"{path} cannot be loaded (torch {torch.__version__}): {error}; python csrc/build.py builds it anew"
-    torch.library.register_fake("vllm_dsv32::sparse_mla_fp8", _writes_its_arguments)
+    for operator in ("sparse_mla_fp8", "topk_select"):
+        torch.library.register_fake(f"vllm_dsv32::{operator}", _writes_its_arguments)
     return None
 
 

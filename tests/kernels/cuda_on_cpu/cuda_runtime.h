@@ -63,9 +63,53 @@ T __shfl_xor_sync(unsigned mask, T x, int other) {
   return __shfl_sync(mask, x, emulator::current->index % 32 ^ other);
 }
 
+// Of lanes below the distance, their own.
+template <class T>
+T __shfl_up_sync(unsigned mask, T x, int distance) {
+  const int lane = emulator::current->index % 32;
+  return __shfl_sync(mask, x, lane < distance ? lane : lane - distance);
+}
+
+template <class T, class Operation>
+T reduce_lanes(T x, Operation operation) {
+  const emulator::Lane* lanes = emulator::exchange({{static_cast<uint32_t>(x)}});
+  T result = static_cast<T>(lanes[0].words[0]);
+  for (int lane = 1; lane < 32; ++lane) {
+    result = operation(result, static_cast<T>(lanes[lane].words[0]));
+  }
+  return result;
+}
+template <class T>
+T __reduce_add_sync(unsigned, T x) {
+  return reduce_lanes(x, [](T a, T b) { return a + b; });
+}
+inline unsigned __reduce_min_sync(unsigned, unsigned x) {
+  return reduce_lanes(x, [](unsigned a, unsigned b) { return min(a, b); });
+}
+inline unsigned __reduce_max_sync(unsigned, unsigned x) {
+  return reduce_lanes(x, [](unsigned a, unsigned b) { return max(a, b); });
+}
+
+// Threads change only where they wait.
+template <class T>
+T atomicAdd(T* address, T x) {
+  const T old = *address;
+  *address += x;
+  return old;
+}
+
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(x); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+
 inline bool __any_sync(unsigned, bool x) {
   const emulator::Lane* lanes = emulator::exchange({{x}});
   return std::any_of(lanes, lanes + 32, [](const emulator::Lane& lane) { return lane.words[0] != 0; });
+}
+
+inline unsigned __float_as_uint(float x) {
+  unsigned bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
 }
 
 inline float __uint_as_float(unsigned bits) {
@@ -77,10 +121,10 @@ inline float __uint_as_float(unsigned bits) {
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess };
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed };
-enum { cudaLaunchAttributeClusterDimension };
+enum { cudaLaunchAttributeClusterDimension, cudaLaunchAttributeProgrammaticStreamSerialization };
 struct cudaLaunchAttribute {
   int id;
-  struct { dim3 clusterDim; } val;
+  struct { dim3 clusterDim; int programmaticStreamSerializationAllowed; } val;
 };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;

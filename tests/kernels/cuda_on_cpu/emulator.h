@@ -23,6 +23,16 @@ namespace emulator {
 struct Rendezvous {
   int count = 0;
   long generation = 0;
+
+  // Returns the generation that this arrival belongs to.
+  long arrive(int expected) {
+    const long own = generation;
+    if (++count == expected) {
+      count = 0;
+      ++generation;
+    }
+    return own;
+  }
 };
 
 struct Lane {
@@ -40,6 +50,7 @@ struct Block {
   std::map<int, Rendezvous> barriers;
   uint8_t* memory;
   size_t nbytes;
+  int num_done = 0;
 };
 
 struct Thread {
@@ -48,6 +59,7 @@ struct Thread {
   Block* block;
   int index;
   bool done = false;
+  long arrived = -1;  // at the barrier of the cluster, in which generation
   std::function<bool()> ready;  // while it waits
   std::deque<std::function<void()>> background;
 };
@@ -68,12 +80,7 @@ inline void wait_until(std::function<bool()> ready) {
 }
 
 inline void meet(Rendezvous& meeting, int count) {
-  const long generation = meeting.generation;
-  if (++meeting.count == count) {
-    meeting.count = 0;
-    ++meeting.generation;
-    return;
-  }
+  const long generation = meeting.arrive(count);
   wait_until([&meeting, generation] { return meeting.generation != generation; });
 }
 
@@ -89,6 +96,7 @@ inline const Lane* exchange(const Lane& own) {
 inline void start() {
   body();
   current->done = true;
+  ++current->block->num_done;
   swapcontext(&current->context, &scheduler);
 }
 

@@ -21,6 +21,10 @@ inline uint32_t shared_address(const void* pointer) {
 
 inline uint8_t* at(uint32_t address, uint32_t nbytes) {
   auto& block = address >> 24 ? *emulator::blocks[(address >> 24) - 1] : *current->block;
+  if (&block != current->block && block.num_done) {
+    std::fprintf(stderr, "shared memory of a block whose threads have ended\n");
+    std::abort();
+  }
   const uint32_t offset = address & 0xffffff;
   if (offset % nbytes || offset + nbytes > block.nbytes) {
     std::fprintf(stderr, "misaligned, or past the end of shared memory\n");
@@ -71,7 +75,22 @@ inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
 }
 
 inline void named_barrier(int id, int num_threads) { emulator::meet(current->block->barriers[id], num_threads); }
-inline void cluster_barrier() { emulator::meet(emulator::cluster, static_cast<int>(emulator::threads.size())); }
+inline void cluster_arrive() {
+  if (current->arrived >= 0) {
+    std::fprintf(stderr, "arrives twice without waiting\n");
+    std::abort();
+  }
+  current->arrived = emulator::cluster.arrive(static_cast<int>(emulator::threads.size()));
+}
+inline void cluster_wait() {
+  const long generation = current->arrived;
+  emulator::wait_until([generation] { return emulator::cluster.generation != generation; });
+  current->arrived = -1;
+}
+inline void cluster_barrier() {
+  cluster_arrive();
+  cluster_wait();
+}
 inline void cluster_barrier_relaxed() { cluster_barrier(); }
 
 inline bool elect_lane() {
@@ -152,5 +171,9 @@ void give_registers() {}
 inline uint32_t address_in_block(uint32_t shared, int rank) { return shared | (rank + 1u) << 24; }
 inline float2 load_pair_in_cluster(uint32_t address) { return *reinterpret_cast<const float2*>(at(address, 8)); }
 inline float4 load_quad_in_cluster(uint32_t address) { return *reinterpret_cast<const float4*>(at(address, 16)); }
+inline uint32_t load_word_in_cluster(uint32_t address) { return *reinterpret_cast<const uint32_t*>(at(address, 4)); }
+inline uint4 load_words_in_cluster(uint32_t address) { return *reinterpret_cast<const uint4*>(at(address, 16)); }
+
+inline void wait_for_last_kernel() {}
 
 }  // namespace dsv32

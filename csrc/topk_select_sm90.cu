@@ -1,0 +1,254 @@
+// topk_select on SM 90: from the logits of a row to the slots of the k highest, in one launch.
+//
+// The blocks of a cluster divide a row. Each guesses the same threshold from a sample of the whole row, reads its
+// share once, and lists what reaches the threshold; no block waits for another until then. The first block loads the
+// lists from the shared memory of all, and cuts them down to k. If the guess misleads, and fewer than k reach it or
+// more than the first block holds, the cluster finds the exact threshold in all logits, and lists again. Rows that
+// one block holds need no list, and rows of at most k keys are not read.
+#include <cuda_runtime.h>
+
+#include "topk_select_exact.cuh"
+#include "topk_select_finish.cuh"
+#include "topk_select_sm90.h"
+
+namespace dsv32 {
+namespace topk {
+
+// Lists of a cluster, one after the other, each from a new word on. Every warp knows them: lane r those of rank r.
+struct Lists {
+  int count;
+  int first_word;
+  int num_words;  // of all
+  int total;
+
+  template <class C>
+  __device__ __forceinline__ explicit Lists(const Block<C>& block) {
+    const uint32_t address = shared_address(&block.shared.num_listed);
+    count = block.lane < block.cluster_size
+                ? static_cast<int>(load_word_in_cluster(address_in_block(address, block.lane)))
+                : 0;
+    const int words = (count + 3) / 4;
+    first_word = words;
+#pragma unroll
+    for (int distance = 1; distance < kMaxTopkCluster; distance *= 2) {
+      const int other = __shfl_up_sync(kAllLanes, first_word, distance);
+      first_word += block.lane >= distance ? other : 0;
+    }
+    first_word -= words;
+    num_words = __reduce_add_sync(kAllLanes, words);
+    total = __reduce_add_sync(kAllLanes, count);
+  }
+
+  template <class C>
+  __device__ __forceinline__ bool suffice(int k) const {
+    return total >= k && num_words * 4 <= C::kCapacity;
+  }
+
+  // Keys to registers; positions to where they follow those of this block.
+  template <class C>
+  __device__ __forceinline__ void load(Entries<C>& entries, Block<C>& block) const {
+    const uint32_t keys = shared_address(block.shared.keys), positions = shared_address(block.shared.positions);
+#pragma unroll
+    for (int j = 0; j < C::kListWords; ++j) {
+      const int word = entries.word(block, j);
+      int rank = 0;
+      for (int step = block.cluster_size / 2; step > 0; step /= 2) {
+        rank += word >= __shfl_sync(kAllLanes, first_word, rank + step) ? step : 0;
+      }
+      const int local = word - __shfl_sync(kAllLanes, first_word, rank);
+      const int remaining = __shfl_sync(kAllLanes, count, rank) - local * 4;
+      uint4 key = {};
+      if (j < entries.words_of_thread && remaining > 0) {
+        key = load_words_in_cluster(address_in_block(keys + local * 16, rank));
+        if (rank > 0) {
+          const uint4 four = load_words_in_cluster(address_in_block(positions + local * 16, rank));
+          reinterpret_cast<uint4*>(block.shared.positions)[word] = four;
+        }
+      }
+      entries.keys[j * 4] = remaining > 0 ? key.x : kNone;
+      entries.keys[j * 4 + 1] = remaining > 1 ? key.y : kNone;
+      entries.keys[j * 4 + 2] = remaining > 2 ? key.z : kNone;
+      entries.keys[j * 4 + 3] = remaining > 3 ? key.w : kNone;
+    }
+  }
+};
+
+template <class C, bool kAligned>
+__device__ __forceinline__ void load_row(Entries<C>& entries, const Block<C>& block, const Row<kAligned>& row) {
+#pragma unroll
+  for (int j = 0; j < C::kListWords; ++j) {
+    const int word = entries.word(block, j);
+    const bool exists = j < entries.words_of_thread && word < row.num_words();
+    float x[4] = {};
+    if (exists) {
+      row.load(x, word);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      entries.keys[j * 4 + i] = exists ? row.key(x[i], word, i) : kNone;
+    }
+  }
+}
+
+// Lists of the blocks of a cluster that have the k highest of a row between them, and fit one block.
+template <class C, bool kAligned>
+__device__ __forceinline__ Lists list_row(Block<C>& block, const Row<kAligned>& row, int k) {
+  const int words = (row.num_words() + block.cluster_size - 1) / block.cluster_size;
+  const Share share = {min(block.rank * words, row.num_words()), min((block.rank + 1) * words, row.num_words())};
+  Tile<C> first;
+  first.load(block, row, share, share.begin);  // on its way while the threshold is guessed
+  const float threshold = guess_threshold(block, row, k);
+  int count = list_share(block, row, share, first, Guess{threshold});
+  if (block.thread == 0) {
+    block.shared.num_listed = count;
+  }
+  block.synchronise_cluster();
+  const Lists guessed(block);
+  if (guessed.template suffice<C>(k)) {
+    return guessed;
+  }
+  const Exact exact = find_threshold(block, row, share, k);
+  count = list_share(block, row, share, first, exact);
+  if (block.thread == 0) {
+    block.shared.num_listed = count;
+  }
+  block.synchronise_cluster();
+  return Lists(block);
+}
+
+struct Parameters {
+  TopkSelectArguments arguments;
+  Divisor block_size;
+  int log2_cluster_size;
+};
+
+template <class C, bool kAligned>
+__global__ void __launch_bounds__(C::kThreads, C::kBlocks)
+    topk_select_kernel(const __grid_constant__ Parameters parameters) {
+  const TopkSelectArguments& p = parameters.arguments;
+  const int log2_size = parameters.log2_cluster_size;
+  const int row_index = blockIdx.x >> log2_size;
+  Block<C> block = {
+      .shared = *reinterpret_cast<Shared<C>*>(shared_memory()),
+      .rank = static_cast<int>(blockIdx.x) & ((1 << log2_size) - 1),
+      .cluster_size = 1 << log2_size,
+      .thread = static_cast<int>(threadIdx.x),
+      .warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 32, 0),
+      .lane = static_cast<int>(threadIdx.x) % 32,
+  };
+  wait_for_last_kernel();
+  const int num_keys = min(p.num_keys[row_index], p.length);
+  const Pages pages = {p.block_table + p.request_ids[row_index] * p.block_table_stride, parameters.block_size};
+  const Row<kAligned> row = {p.logits + row_index * p.logits_stride, num_keys};
+  int32_t* topk_slot = p.topk_slot + static_cast<int64_t>(row_index) * p.k;
+
+  if (num_keys <= C::kCapacity || num_keys <= p.k) {  // the same in all blocks of the cluster: none waits
+    if (block.rank == 0 && num_keys <= p.k) {
+      write_all(block, num_keys, p.k, pages, topk_slot);
+    } else if (block.rank == 0) {
+      Entries<C> entries(row.num_words(), false);
+      load_row(entries, block, row);
+      write_slots(block, entries, num_keys, p.k, pages, topk_slot);
+    }
+    return;
+  }
+  const Lists lists = list_row(block, row, p.k);
+  if (block.rank > 0) {
+    cluster_barrier();  // a block stays until its list has been read
+    return;
+  }
+  Entries<C> entries(lists.num_words, true);
+  lists.load(entries, block);
+  if (block.cluster_size > 1) {
+    cluster_arrive();
+  }
+  write_slots(block, entries, lists.total, p.k, pages, topk_slot);
+  if (block.cluster_size > 1) {
+    cluster_wait();
+  }
+}
+
+using Kernel = void (*)(Parameters);
+
+struct Variant {
+  Kernel aligned;
+  Kernel any;
+  int num_threads;
+  int shared_nbytes;
+};
+
+template <class C>
+Variant variant_of() {
+  static_assert(sizeof(Shared<C>) * C::kBlocks <= 227 * 1024);
+  return {topk_select_kernel<C, true>, topk_select_kernel<C, false>, C::kThreads, static_cast<int>(sizeof(Shared<C>))};
+}
+
+Variant find_variant(int variant) {
+  return variant == 0 ? variant_of<Config<1024, 1>>() : variant_of<Config<512, 2>>();
+}
+
+const char* describe(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+// A launch configuration that refers to itself cannot be copied.
+struct Launch {
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config = {};
+
+  Launch(const Variant& variant, int64_t num_clusters, int cluster_size, bool dependent, cudaStream_t stream) {
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {static_cast<unsigned>(cluster_size), 1, 1};
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    config.gridDim = dim3(static_cast<unsigned>(num_clusters * cluster_size));
+    config.blockDim = dim3(variant.num_threads);
+    config.dynamicSmemBytes = variant.shared_nbytes;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = dependent ? 2 : 1;
+  }
+  Launch(const Launch&) = delete;
+};
+
+cudaError_t prepare(Kernel kernel, int shared_nbytes) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_nbytes);
+  if (error != cudaSuccess) {
+    return error;
+  }
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+}
+
+cudaError_t launch(const Variant& variant, const TopkSelectArguments& arguments, int cluster_size, bool dependent,
+                   cudaStream_t stream) {
+  const bool aligned = reinterpret_cast<uintptr_t>(arguments.logits) % 16 == 0 && arguments.logits_stride % 4 == 0;
+  const Kernel kernel = aligned ? variant.aligned : variant.any;
+  if (const cudaError_t error = prepare(kernel, variant.shared_nbytes); error != cudaSuccess) {
+    return error;
+  }
+  const Launch launch(variant, arguments.num_rows, cluster_size, dependent, stream);
+  int log2_cluster_size = 0;
+  while (1 << log2_cluster_size < cluster_size) {
+    ++log2_cluster_size;
+  }
+  return cudaLaunchKernelEx(&launch.config, kernel,
+                            Parameters{arguments, Divisor(arguments.block_size), log2_cluster_size});
+}
+
+}  // namespace topk
+
+const char* launch_topk_select(const TopkSelectArguments& arguments, int cluster_size, int variant, bool dependent,
+                               void* stream) {
+  return topk::describe(topk::launch(topk::find_variant(variant), arguments, cluster_size, dependent,
+                                     static_cast<cudaStream_t>(stream)));
+}
+
+const char* count_concurrent_topk_clusters(int cluster_size, int variant, int* count) {
+  const topk::Variant chosen = topk::find_variant(variant);
+  if (const cudaError_t error = topk::prepare(chosen.aligned, chosen.shared_nbytes); error != cudaSuccess) {
+    return topk::describe(error);
+  }
+  const topk::Launch launch(chosen, 1, cluster_size, false, nullptr);
+  return topk::describe(cudaOccupancyMaxActiveClusters(count, chosen.aligned, &launch.config));
+}
+
+}  // namespace dsv32

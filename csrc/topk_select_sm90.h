@@ -1,0 +1,32 @@
+// The launch of the operation topk_select on SM 90; no CUDA headers, so that the bindings need none.
+#pragma once
+
+#include <cstdint>
+
+namespace dsv32 {
+
+struct TopkSelectArguments {
+  const float* logits;         // [num_rows, length], a row every logits_stride
+  const int32_t* num_keys;     // [num_rows]
+  const int32_t* request_ids;  // [num_rows]
+  const int32_t* block_table;  // a request every block_table_stride
+  int32_t* topk_slot;          // [num_rows, k]
+  int64_t logits_stride;
+  int64_t block_table_stride;
+  int num_rows;
+  int length;
+  int k;
+  int block_size;
+};
+
+constexpr int kMaxTopk = 2048;
+constexpr int kMaxTopkCluster = 16;
+constexpr int kNumTopkVariants = 2;
+
+// Both return null, or what went wrong. A row is divided among the blocks of a cluster: 1, 2, 4, 8 or 16. A dependent
+// launch may begin while the last kernel of the stream ends; it waits for its results.
+const char* launch_topk_select(const TopkSelectArguments& arguments, int cluster_size, int variant, bool dependent,
+                               void* stream);
+const char* count_concurrent_topk_clusters(int cluster_size, int variant, int* count);
+
+}  // namespace dsv32
