@@ -36,7 +36,7 @@ struct Boundary {
 template <class C>
 struct Shared {
   // In the order of positions; the last word may be filled in part.
-  alignas(16) uint32_t keys[C::kCapacity];
+  alignas(16) float logits[C::kCapacity];
   alignas(16) int32_t positions[C::kCapacity];
   alignas(16) uint32_t histogram[2][C::kNumBins];
   alignas(16) uint2 crowd[kCrowd];

@@ -39,6 +39,7 @@ __device__ __forceinline__ Exact find_threshold(Block<C>& block, const Row<kAlig
     for (int i = 0; i < C::kThreadBins; ++i) {
       const uint32_t address = shared_address(&histogram[block.thread * C::kThreadBins + i]);
       counts[i] = 0;
+#pragma unroll 1
       for (int rank = 0; rank < block.cluster_size; ++rank) {
         counts[i] += static_cast<int>(load_word_in_cluster(address_in_block(address, rank)));
       }

@@ -45,8 +45,10 @@ struct Entries {
   int words_of_thread;
   bool listed;  // of positions that are in the list; of others, the place is the position
 
-  __device__ __forceinline__ Entries(int num_words, bool listed)
-      : words_of_thread((num_words + C::kThreads - 1) / C::kThreads), listed(listed) {}
+  __device__ __forceinline__ void divide(int num_words, bool in_list) {
+    words_of_thread = (num_words + C::kThreads - 1) / C::kThreads;
+    listed = in_list;
+  }
 
   __device__ __forceinline__ int word(const Block<C>& block, int j) const {
     return block.thread * words_of_thread + j;
@@ -140,20 +142,23 @@ template <class C>
 __device__ __forceinline__ void write_slots(Block<C>& block, const Entries<C>& entries, int num_entries, int k,
                                             const Pages& pages, int32_t* topk_slot) {
   const uint32_t mask = select_entries(block, entries, num_entries, k);
-  int32_t slots[Entries<C>::kNum];
-#pragma unroll
-  for (int i = 0; i < Entries<C>::kNum; ++i) {
-    if (mask >> i & 1) {
-      const uint32_t place = entries.place(block, i);
-      slots[i] = pages.slot(entries.listed ? block.shared.positions[place] : static_cast<int32_t>(place));
-    }
-  }
   int total;
   int32_t* target = topk_slot + block.sum_before(__popc(mask), total);
 #pragma unroll
-  for (int i = 0; i < Entries<C>::kNum; ++i) {
-    if (mask >> i & 1) {
-      *target++ = slots[i];
+  for (int begin = 0; begin < Entries<C>::kNum; begin += 8) {  // as many as are on their way at once
+    int32_t slots[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (mask >> (begin + i) & 1) {
+        const uint32_t place = entries.place(block, begin + i);
+        slots[i] = pages.slot(entries.listed ? block.shared.positions[place] : static_cast<int32_t>(place));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (mask >> (begin + i) & 1) {
+        *target++ = slots[i];
+      }
     }
   }
 }

@@ -14,22 +14,26 @@ struct Row {
 
   __device__ __forceinline__ int num_words() const { return (num_keys + 3) / 4; }
 
-  __device__ __forceinline__ void load(float (&x)[4], int word) const {
+  __device__ __forceinline__ void load_whole(float (&x)[4], int word) const {
     const float* source = logits + static_cast<int64_t>(word) * 4;
-    if (word < num_keys / 4) {
-      if constexpr (kAligned) {
-        const float4 quad = *reinterpret_cast<const float4*>(source);
-        x[0] = quad.x, x[1] = quad.y, x[2] = quad.z, x[3] = quad.w;
-      } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          x[i] = source[i];
-        }
-      }
+    if constexpr (kAligned) {
+      const float4 quad = *reinterpret_cast<const float4*>(source);
+      x[0] = quad.x, x[1] = quad.y, x[2] = quad.z, x[3] = quad.w;
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        x[i] = word * 4 + i < num_keys ? source[i] : NAN;
+        x[i] = source[i];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void load(float (&x)[4], int word) const {
+    if (word < num_keys / 4) {
+      load_whole(x, word);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        x[i] = word * 4 + i < num_keys ? logits[static_cast<int64_t>(word) * 4 + i] : NAN;
       }
     }
   }
@@ -57,6 +61,13 @@ struct Tile {
 
   template <bool kAligned>
   __device__ __forceinline__ void load(const Block<C>& block, const Row<kAligned>& row, Share share, int first) {
+    if (first + kWords <= min(share.end, row.num_keys / 4)) {
+#pragma unroll
+      for (int j = 0; j < C::kTileWords; ++j) {
+        row.load_whole(logits[j], word(block, first, j));
+      }
+      return;
+    }
 #pragma unroll
     for (int j = 0; j < C::kTileWords; ++j) {
       const int at = word(block, first, j);
@@ -130,14 +141,16 @@ struct Exact {
 
   template <class C, bool kAligned>
   __device__ __forceinline__ uint32_t mask(Block<C>& block, const Row<kAligned>& row, const Tile<C>& tile, int first) {
+    const float lowest = logit_of(key);
     uint32_t higher = 0, tied = 0;
 #pragma unroll
     for (int j = 0; j < C::kTileWords; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const uint32_t other = row.key(tile.logits[j][i], Tile<C>::word(block, first, j), i);
-        higher |= other > key ? 1u << (4 * j + i) : 0u;
-        tied |= other == key ? 1u << (4 * j + i) : 0u;
+        const float x = tile.logits[j][i];
+        const bool counts_as_lowest = key == kLowest && x != x && Tile<C>::word(block, first, j) * 4 + i < row.num_keys;
+        higher |= x > lowest ? 1u << (4 * j + i) : 0u;
+        tied |= x == lowest || counts_as_lowest ? 1u << (4 * j + i) : 0u;
       }
     }
     int before[C::kTileWords];
@@ -179,13 +192,13 @@ __device__ __forceinline__ int list_share(Block<C>& block, const Row<kAligned>& 
 #pragma unroll
       for (int j = 0; j < C::kTileWords; ++j) {
         int place = count + before[j];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (mask >> (4 * j + i) & 1) {
-            block.shared.keys[place] = key_of(tile.logits[j][i]);
-            block.shared.positions[place] = Tile<C>::word(block, first, j) * 4 + i;
-            ++place;
-          }
+        // Few pass: a turn for each is shorter than four.
+        for (uint32_t bits = mask >> (4 * j) & 15; bits != 0; bits &= bits - 1) {
+          const int i = __ffs(static_cast<int>(bits)) - 1;
+          const auto& x = tile.logits[j];
+          block.shared.logits[place] = i < 2 ? (i == 0 ? x[0] : x[1]) : (i == 2 ? x[2] : x[3]);
+          block.shared.positions[place] = Tile<C>::word(block, first, j) * 4 + i;
+          ++place;
         }
       }
     }
@@ -198,28 +211,35 @@ __device__ __forceinline__ int list_share(Block<C>& block, const Row<kAligned>& 
 //
 // It is guessed from words at equal distances. The expectation lies five standard deviations of a random sample above
 // k: neighbours are alike, which leaves less than that, but enough.
-template <class C, bool kAligned>
-__device__ __forceinline__ float guess_threshold(Block<C>& block, const Row<kAligned>& row, int k) {
-  constexpr int kWords = C::kSample / 4;
+template <class C>
+struct Sample {
   uint32_t keys[C::kSampleWords * 4];
+
+  template <bool kAligned>
+  __device__ __forceinline__ Sample(const Block<C>& block, const Row<kAligned>& row) {
+    constexpr int kWords = C::kSample / 4;
 #pragma unroll
-  for (int j = 0; j < C::kSampleWords; ++j) {
-    const uint32_t index = j * C::kThreads + block.thread;
-    float x[4];
-    row.load(x, static_cast<int>(static_cast<uint64_t>(index) * (row.num_keys / 4) / kWords));
+    for (int j = 0; j < C::kSampleWords; ++j) {
+      const uint32_t index = j * C::kThreads + block.thread;
+      float x[4];
+      row.load_whole(x, static_cast<int>(static_cast<uint64_t>(index) * (row.num_keys / 4) / kWords));
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      keys[j * 4 + i] = key_of(x[i]);
+      for (int i = 0; i < 4; ++i) {
+        keys[j * 4 + i] = key_of(x[i]);
+      }
     }
   }
-  const float weight = static_cast<float>(row.num_keys) / C::kSample;
-  const float deviations = 2.5f * sqrtf(weight);
-  const float root = deviations + sqrtf(deviations * deviations + k);
-  // In rows so long that the list might not hold them, half way between too few and too many.
-  const float expected = fminf(root * root, 0.5f * (k + C::kCapacity));
-  const int rank = min(static_cast<int>(expected / weight) + 1, C::kSample);
-  const Search<C> found = search(block, keys, rank, max(4, rank / 8));
-  return fmaxf(found.bins.bottom_of(found.boundary.bin), kLowestFinite);
-}
+
+  __device__ __forceinline__ float guess_threshold(Block<C>& block, int num_keys, int k) const {
+    const float weight = static_cast<float>(num_keys) / C::kSample;
+    const float deviations = 2.5f * sqrtf(weight);
+    const float root = deviations + sqrtf(deviations * deviations + k);
+    // In rows so long that the list might not hold them, half way between too few and too many.
+    const float expected = fminf(root * root, 0.5f * (k + C::kCapacity));
+    const int rank = min(static_cast<int>(expected / weight) + 1, C::kSample);
+    const Search<C> found = search(block, keys, rank, max(4, rank / 8));
+    return fmaxf(found.bins.bottom_of(found.boundary.bin), kLowestFinite);
+  }
+};
 
 }  // namespace dsv32::topk

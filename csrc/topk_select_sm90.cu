@@ -47,7 +47,8 @@ struct Lists {
   // Keys to registers; positions to where they follow those of this block.
   template <class C>
   __device__ __forceinline__ void load(Entries<C>& entries, Block<C>& block) const {
-    const uint32_t keys = shared_address(block.shared.keys), positions = shared_address(block.shared.positions);
+    entries.divide(num_words, true);
+    const uint32_t logits = shared_address(block.shared.logits), positions = shared_address(block.shared.positions);
 #pragma unroll
     for (int j = 0; j < C::kListWords; ++j) {
       const int word = entries.word(block, j);
@@ -57,24 +58,27 @@ struct Lists {
       }
       const int local = word - __shfl_sync(kAllLanes, first_word, rank);
       const int remaining = __shfl_sync(kAllLanes, count, rank) - local * 4;
-      uint4 key = {};
+      uint4 four = {};
       if (j < entries.words_of_thread && remaining > 0) {
-        key = load_words_in_cluster(address_in_block(keys + local * 16, rank));
+        four = load_words_in_cluster(address_in_block(logits + local * 16, rank));
         if (rank > 0) {
-          const uint4 four = load_words_in_cluster(address_in_block(positions + local * 16, rank));
-          reinterpret_cast<uint4*>(block.shared.positions)[word] = four;
+          reinterpret_cast<uint4*>(block.shared.positions)[word] =
+              load_words_in_cluster(address_in_block(positions + local * 16, rank));
         }
       }
-      entries.keys[j * 4] = remaining > 0 ? key.x : kNone;
-      entries.keys[j * 4 + 1] = remaining > 1 ? key.y : kNone;
-      entries.keys[j * 4 + 2] = remaining > 2 ? key.z : kNone;
-      entries.keys[j * 4 + 3] = remaining > 3 ? key.w : kNone;
+      const uint32_t bits[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const bool exists = j < entries.words_of_thread && i < remaining;
+        entries.keys[j * 4 + i] = exists ? key_of(__uint_as_float(bits[i])) : kNone;
+      }
     }
   }
 };
 
 template <class C, bool kAligned>
 __device__ __forceinline__ void load_row(Entries<C>& entries, const Block<C>& block, const Row<kAligned>& row) {
+  entries.divide(row.num_words(), false);
 #pragma unroll
   for (int j = 0; j < C::kListWords; ++j) {
     const int word = entries.word(block, j);
@@ -95,9 +99,10 @@ template <class C, bool kAligned>
 __device__ __forceinline__ Lists list_row(Block<C>& block, const Row<kAligned>& row, int k) {
   const int words = (row.num_words() + block.cluster_size - 1) / block.cluster_size;
   const Share share = {min(block.rank * words, row.num_words()), min((block.rank + 1) * words, row.num_words())};
+  const Sample<C> sample(block, row);
   Tile<C> first;
   first.load(block, row, share, share.begin);  // on its way while the threshold is guessed
-  const float threshold = guess_threshold(block, row, k);
+  const float threshold = sample.guess_threshold(block, row.num_keys, k);
   int count = list_share(block, row, share, first, Guess{threshold});
   if (block.thread == 0) {
     block.shared.num_listed = count;
@@ -142,29 +147,32 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
   const Row<kAligned> row = {p.logits + row_index * p.logits_stride, num_keys};
   int32_t* topk_slot = p.topk_slot + static_cast<int64_t>(row_index) * p.k;
 
-  if (num_keys <= C::kCapacity || num_keys <= p.k) {  // the same in all blocks of the cluster: none waits
-    if (block.rank == 0 && num_keys <= p.k) {
+  if (num_keys <= p.k) {
+    if (block.rank == 0) {
       write_all(block, num_keys, p.k, pages, topk_slot);
-    } else if (block.rank == 0) {
-      Entries<C> entries(row.num_words(), false);
-      load_row(entries, block, row);
-      write_slots(block, entries, num_keys, p.k, pages, topk_slot);
     }
     return;
   }
-  const Lists lists = list_row(block, row, p.k);
-  if (block.rank > 0) {
-    cluster_barrier();  // a block stays until its list has been read
-    return;
+  const bool listed = num_keys > C::kCapacity;  // the same in all blocks of the cluster: none waits in vain
+  Entries<C> entries;
+  int num_entries = num_keys;
+  if (!listed) {
+    if (block.rank > 0) {
+      return;
+    }
+    load_row(entries, block, row);
+  } else {
+    const Lists lists = list_row(block, row, p.k);
+    num_entries = lists.total;
+    if (block.rank == 0) {
+      lists.load(entries, block);
+    }
   }
-  Entries<C> entries(lists.num_words, true);
-  lists.load(entries, block);
-  if (block.cluster_size > 1) {
-    cluster_arrive();
+  if (block.rank == 0) {
+    write_slots(block, entries, num_entries, p.k, pages, topk_slot);
   }
-  write_slots(block, entries, lists.total, p.k, pages, topk_slot);
-  if (block.cluster_size > 1) {
-    cluster_wait();
+  if (listed && block.cluster_size > 1) {
+    cluster_barrier_relaxed();  // a block stays until the first has read its list; what that has read, it has used
   }
 }
 

@@ -76,8 +76,8 @@ def topk_select(
     other. Order: ascending positions, then -1. So the result is a function of the inputs, to the bit.
 
     Args:
-        logits: float32 ``[T, L]``, rows dense; what lies at or past ``num_keys`` is not read, and of a row that sees
-            no more than K all is selected, unread. Rows are read fastest from multiples of 16 bytes on.
+        logits: float32 ``[T, L]``, rows dense; what lies at or past ``num_keys`` is not read, and of a row that
+            sees no more than K all is selected, unread. Rows are read fastest from multiples of 16 bytes on.
         num_keys: int32 ``[T]``.
         request_ids: int32 ``[T]``, rows of ``block_table``.
         block_table: int32 ``[R, max_blocks]``, rows dense; read for what is selected.

@@ -99,6 +99,7 @@ T atomicAdd(T* address, T x) {
 }
 
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 inline bool __any_sync(unsigned, bool x) {

@@ -23,16 +23,6 @@ namespace emulator {
 struct Rendezvous {
   int count = 0;
   long generation = 0;
-
-  // Returns the generation that this arrival belongs to.
-  long arrive(int expected) {
-    const long own = generation;
-    if (++count == expected) {
-      count = 0;
-      ++generation;
-    }
-    return own;
-  }
 };
 
 struct Lane {
@@ -59,7 +49,6 @@ struct Thread {
   Block* block;
   int index;
   bool done = false;
-  long arrived = -1;  // at the barrier of the cluster, in which generation
   std::function<bool()> ready;  // while it waits
   std::deque<std::function<void()>> background;
 };
@@ -80,7 +69,12 @@ inline void wait_until(std::function<bool()> ready) {
 }
 
 inline void meet(Rendezvous& meeting, int count) {
-  const long generation = meeting.arrive(count);
+  const long generation = meeting.generation;
+  if (++meeting.count == count) {
+    meeting.count = 0;
+    ++meeting.generation;
+    return;
+  }
   wait_until([&meeting, generation] { return meeting.generation != generation; });
 }
 

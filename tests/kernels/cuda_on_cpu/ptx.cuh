@@ -75,22 +75,7 @@ inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
 }
 
 inline void named_barrier(int id, int num_threads) { emulator::meet(current->block->barriers[id], num_threads); }
-inline void cluster_arrive() {
-  if (current->arrived >= 0) {
-    std::fprintf(stderr, "arrives twice without waiting\n");
-    std::abort();
-  }
-  current->arrived = emulator::cluster.arrive(static_cast<int>(emulator::threads.size()));
-}
-inline void cluster_wait() {
-  const long generation = current->arrived;
-  emulator::wait_until([generation] { return emulator::cluster.generation != generation; });
-  current->arrived = -1;
-}
-inline void cluster_barrier() {
-  cluster_arrive();
-  cluster_wait();
-}
+inline void cluster_barrier() { emulator::meet(emulator::cluster, static_cast<int>(emulator::threads.size())); }
 inline void cluster_barrier_relaxed() { cluster_barrier(); }
 
 inline bool elect_lane() {
