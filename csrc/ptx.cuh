@@ -104,6 +104,24 @@ __device__ __forceinline__ void copy_16_bytes(uint32_t shared, const void* globa
                : "memory");
 }
 
+// ---- loads ------------------------------------------------------------------------------------------------------
+
+// Zero where not wanted; no branch, so that several are on their way at once.
+__device__ __forceinline__ int32_t load_if(bool wanted, const int32_t* global) {
+  int32_t x;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.s32 p, %2, 0;\n"
+      "mov.s32 %0, 0;\n"
+      "@p ld.global.s32 %0, [%1];\n"
+      "}\n"
+      : "=r"(x)
+      : "l"(__cvta_generic_to_global(global)), "r"(static_cast<int>(wanted))
+      : "memory");
+  return x;
+}
+
 // ---- matrices ---------------------------------------------------------------------------------------------------
 
 // Four matrices of eight rows of 16 bytes. Lane 8 i + r names row r of matrix i; lane 4 g + t receives of each

@@ -30,10 +30,21 @@ struct Pages {
   const int32_t* blocks;
   Divisor block_size;
 
-  __device__ __forceinline__ int32_t slot(int32_t position) const {
-    const uint32_t block = block_size.quotient(position);
-    return blocks[block] * static_cast<int32_t>(block_size.value) +
-           static_cast<int32_t>(position - block * block_size.value);
+  // -1 for those that are not wanted.
+  template <int kNum>
+  __device__ __forceinline__ void find_slots(int32_t (&slots)[kNum], const int32_t (&positions)[kNum],
+                                             uint32_t wanted) const {
+    int32_t quotients[kNum], found[kNum];
+#pragma unroll
+    for (int i = 0; i < kNum; ++i) {
+      quotients[i] = static_cast<int32_t>(block_size.quotient(positions[i]));
+      found[i] = load_if(wanted >> i & 1, blocks + quotients[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kNum; ++i) {
+      const int32_t slot = (found[i] - quotients[i]) * static_cast<int32_t>(block_size.value) + positions[i];
+      slots[i] = wanted >> i & 1 ? slot : -1;
+    }
   }
 };
 
@@ -144,19 +155,27 @@ __device__ __forceinline__ void write_slots(Block<C>& block, const Entries<C>& e
   const uint32_t mask = select_entries(block, entries, num_entries, k);
   int total;
   int32_t* target = topk_slot + block.sum_before(__popc(mask), total);
+  constexpr int kAtOnce = 8;  // on their way
 #pragma unroll
-  for (int begin = 0; begin < Entries<C>::kNum; begin += 8) {  // as many as are on their way at once
-    int32_t slots[8];
+  for (int begin = 0; begin < Entries<C>::kNum; begin += kAtOnce) {
+    int32_t positions[kAtOnce], slots[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (mask >> (begin + i) & 1) {
-        const uint32_t place = entries.place(block, begin + i);
-        slots[i] = pages.slot(entries.listed ? block.shared.positions[place] : static_cast<int32_t>(place));
+    for (int i = 0; i < kAtOnce; ++i) {
+      positions[i] = static_cast<int32_t>(entries.place(block, begin + i));
+    }
+    if (entries.listed) {
+#pragma unroll
+      for (int i = 0; i < kAtOnce; i += 4) {
+        const int word = min(entries.word(block, (begin + i) / 4), C::kCapacity / 4 - 1);
+        const int4 four = reinterpret_cast<const int4*>(block.shared.positions)[word];
+        positions[i] = four.x, positions[i + 1] = four.y, positions[i + 2] = four.z, positions[i + 3] = four.w;
       }
     }
+    const uint32_t wanted = mask >> begin;
+    pages.find_slots(slots, positions, wanted);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (mask >> (begin + i) & 1) {
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (wanted >> i & 1) {
         *target++ = slots[i];
       }
     }
@@ -167,8 +186,17 @@ __device__ __forceinline__ void write_slots(Block<C>& block, const Entries<C>& e
 template <class C>
 __device__ __forceinline__ void write_all(const Block<C>& block, int num_keys, int k, const Pages& pages,
                                           int32_t* topk_slot) {
-  for (int position = block.thread; position < k; position += C::kThreads) {
-    topk_slot[position] = position < num_keys ? pages.slot(position) : -1;
+  constexpr int kAtOnce = 2;
+  for (int begin = block.thread; begin < k; begin += kAtOnce * C::kThreads) {
+    const int32_t positions[kAtOnce] = {begin, begin + C::kThreads};
+    int32_t slots[kAtOnce];
+    pages.find_slots(slots, positions, (positions[0] < num_keys) | (positions[1] < num_keys) << 1);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (positions[i] < k) {
+        topk_slot[positions[i]] = slots[i];
+      }
+    }
   }
 }
 

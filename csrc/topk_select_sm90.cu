@@ -49,6 +49,9 @@ struct Lists {
   __device__ __forceinline__ void load(Entries<C>& entries, Block<C>& block) const {
     entries.divide(num_words, true);
     const uint32_t logits = shared_address(block.shared.logits), positions = shared_address(block.shared.positions);
+    uint4 logits_of[C::kListWords], positions_of[C::kListWords];
+    int remaining[C::kListWords];
+    bool moves[C::kListWords];
 #pragma unroll
     for (int j = 0; j < C::kListWords; ++j) {
       const int word = entries.word(block, j);
@@ -57,20 +60,22 @@ struct Lists {
         rank += word >= __shfl_sync(kAllLanes, first_word, rank + step) ? step : 0;
       }
       const int local = word - __shfl_sync(kAllLanes, first_word, rank);
-      const int remaining = __shfl_sync(kAllLanes, count, rank) - local * 4;
-      uint4 four = {};
-      if (j < entries.words_of_thread && remaining > 0) {
-        four = load_words_in_cluster(address_in_block(logits + local * 16, rank));
-        if (rank > 0) {
-          reinterpret_cast<uint4*>(block.shared.positions)[word] =
-              load_words_in_cluster(address_in_block(positions + local * 16, rank));
-        }
+      remaining[j] = j < entries.words_of_thread ? __shfl_sync(kAllLanes, count, rank) - local * 4 : 0;
+      moves[j] = remaining[j] > 0 && rank > 0;
+      if (remaining[j] > 0) {
+        logits_of[j] = load_words_in_cluster(address_in_block(logits + local * 16, rank));
+        positions_of[j] = load_words_in_cluster(address_in_block(positions + local * 16, rank));
       }
-      const uint32_t bits[4] = {four.x, four.y, four.z, four.w};
+    }
+#pragma unroll
+    for (int j = 0; j < C::kListWords; ++j) {
+      if (moves[j]) {
+        reinterpret_cast<uint4*>(block.shared.positions)[entries.word(block, j)] = positions_of[j];
+      }
+      const uint32_t bits[4] = {logits_of[j].x, logits_of[j].y, logits_of[j].z, logits_of[j].w};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const bool exists = j < entries.words_of_thread && i < remaining;
-        entries.keys[j * 4 + i] = exists ? key_of(__uint_as_float(bits[i])) : kNone;
+        entries.keys[j * 4 + i] = i < remaining[j] ? key_of(__uint_as_float(bits[i])) : kNone;
       }
     }
   }
@@ -79,17 +84,18 @@ struct Lists {
 template <class C, bool kAligned>
 __device__ __forceinline__ void load_row(Entries<C>& entries, const Block<C>& block, const Row<kAligned>& row) {
   entries.divide(row.num_words(), false);
+  float x[C::kListWords][4];
 #pragma unroll
   for (int j = 0; j < C::kListWords; ++j) {
-    const int word = entries.word(block, j);
-    const bool exists = j < entries.words_of_thread && word < row.num_words();
-    float x[4] = {};
-    if (exists) {
-      row.load(x, word);
+    if (j < entries.words_of_thread) {
+      row.load(x[j], entries.word(block, j));
     }
+  }
+#pragma unroll
+  for (int j = 0; j < C::kListWords; ++j) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      entries.keys[j * 4 + i] = exists ? row.key(x[i], word, i) : kNone;
+      entries.keys[j * 4 + i] = j < entries.words_of_thread ? row.key(x[j][i], entries.word(block, j), i) : kNone;
     }
   }
 }

@@ -16,6 +16,7 @@
 using std::max;
 using std::min;
 
+struct alignas(16) int4 { int x, y, z, w; };
 struct uint2 { unsigned x, y; };
 struct uint4 { unsigned x, y, z, w; };
 struct float2 { float x, y; };

@@ -103,6 +103,8 @@ inline void copy_16_bytes(uint32_t shared, const void* global) {
   current->background.push_back([=] { std::memcpy(target, global, 16); });
 }
 
+inline int32_t load_if(bool wanted, const int32_t* global) { return wanted ? *global : 0; }
+
 inline void load_matrices(uint32_t (&r)[4], uint32_t address) {
   const emulator::Lane* lanes = emulator::exchange({{address}});
   const int lane = current->index % 32;
