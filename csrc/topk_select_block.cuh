@@ -19,7 +19,7 @@ struct Config {
   static constexpr int kNumBins = kNumBins_;
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kTileWords = 4;  // of a thread; a word is four logits
-  static constexpr int kListWords = kCapacity / 4 / kThreads;
+  static constexpr int kListWords = kCapacity / 4 / kThreads;  // of a thread
   static constexpr int kSampleWords = kSample / 4 / kThreads;
   static constexpr int kThreadBins = kNumBins / kThreads;
   static_assert(kWarps <= 32 && kListWords * kThreads * 4 == kCapacity && kSampleWords * kThreads * 4 == kSample);
@@ -131,38 +131,69 @@ struct Block {
   }
 };
 
-// Bins of which one has the k-th highest key.
-template <class C>
+// Logits of a thread, in words of four; NaN where there is none.
+template <int kWords_>
+struct Logits {
+  static constexpr int kWords = kWords_;
+  static constexpr int kNum = kWords * 4;
+  float x[kNum];
+  int num_words;  // that exist in any thread; the others are passed over
+
+  // Calls f(i) for each of them.
+  template <class F>
+  __device__ __forceinline__ void for_each(F f) const {
+#pragma unroll
+    for (int j = 0; j < kWords; ++j) {
+      if (j < num_words) {
+#pragma unroll
+        for (int i = j * 4; i < j * 4 + 4; ++i) {
+          f(i);
+        }
+      }
+    }
+  }
+};
+
+// Where the k-th highest logit lies: in the boundary's bin, as are others.
+template <class C, int kNum>
 struct Search {
   Bins<C::kNumBins> bins;
   Boundary boundary;
+  int bin[kNum];  // of each logit of this thread
 };
 
-// Ends when no more than `enough` keys are in the bin of the k-th, or all of them are equal.
-template <class C, int kNum>
-__device__ __forceinline__ Search<C> search(Block<C>& block, const uint32_t (&keys)[kNum], int k, int enough) {
+// Ends when no more than `enough` logits are in the bin of the k-th, or all of them are equal.
+template <class C, int kWords>
+__device__ __forceinline__ Search<C, kWords * 4> search(Block<C>& block, const Logits<kWords>& logits, int k,
+                                                        int enough) {
   auto& histogram = block.shared.histogram[0];
-  Search<C> found = {};
+  Search<C, kWords * 4> found;
   int above = 0;
   for (bool first = true;; first = false) {
-    uint32_t low = ~0u, high = 0;
-#pragma unroll
-    for (int i = 0; i < kNum; ++i) {
-      if (first ? keys[i] != kNone : found.bins(keys[i]) == found.boundary.bin) {
-        low = min(low, keys[i]);
-        high = max(high, keys[i]);
+    float lowest = INFINITY, highest = -INFINITY;  // which NaN does not change
+    logits.for_each([&](int i) {
+      if (first || found.bin[i] == found.boundary.bin) {
+        lowest = fminf(lowest, logits.x[i]);
+        highest = fmaxf(highest, logits.x[i]);
       }
-    }
+    });
+    uint32_t low = key_of(lowest), high = key_of(highest);
     block.clear_histogram(0);
     block.reduce_extent(low, high);
     found.bins = first ? Bins<C::kNumBins>::of_logits(low, high) : Bins<C::kNumBins>::of_keys(low, high);
-#pragma unroll
-    for (int i = 0; i < kNum; ++i) {
-      const int bin = found.bins(keys[i]);
-      if (bin >= 0 && bin < C::kNumBins) {
-        atomicAdd(&histogram[bin], 1u);
-      }
+    if (found.bins.even) {
+      logits.for_each([&](int i) { found.bin[i] = found.bins.even_bin(logits.x[i]); });
+    } else {
+      logits.for_each([&](int i) {
+        const float x = logits.x[i];
+        found.bin[i] = x == x ? found.bins.bin(key_of(x)) : C::kNumBins;
+      });
     }
+    logits.for_each([&](int i) {
+      if (static_cast<uint32_t>(found.bin[i]) < C::kNumBins) {
+        atomicAdd(&histogram[found.bin[i]], 1u);
+      }
+    });
     __syncthreads();
     int counts[C::kThreadBins];
 #pragma unroll

@@ -15,8 +15,9 @@ __device__ __forceinline__ void count_share(Block<C>& block, const Row<kAligned>
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint32_t key = row.key(x[i], word, i);
-      if (key >= bins.low && key <= bins.high) {
-        atomicAdd(&histogram[bins(key)], 1u);
+      const int bin = bins.bin(key);
+      if (bin >= 0 && bin < C::kNumBins) {
+        atomicAdd(&histogram[bin], 1u);
       }
     }
   }

@@ -30,57 +30,50 @@ struct Pages {
   const int32_t* blocks;
   Divisor block_size;
 
-  // -1 for those that are not wanted.
-  template <int kNum>
-  __device__ __forceinline__ void find_slots(int32_t (&slots)[kNum], const int32_t (&positions)[kNum],
-                                             uint32_t wanted) const {
-    int32_t quotients[kNum], found[kNum];
-#pragma unroll
-    for (int i = 0; i < kNum; ++i) {
-      quotients[i] = static_cast<int32_t>(block_size.quotient(positions[i]));
-      found[i] = load_if(wanted >> i & 1, blocks + quotients[i]);
-    }
-#pragma unroll
-    for (int i = 0; i < kNum; ++i) {
-      const int32_t slot = (found[i] - quotients[i]) * static_cast<int32_t>(block_size.value) + positions[i];
-      slots[i] = wanted >> i & 1 ? slot : -1;
-    }
+  // A slot in two steps, so that the loads of several are on their way at once.
+  struct Lookup {
+    int32_t position;
+    int32_t index;  // of its block in the request
+    int32_t block;
+  };
+  __device__ __forceinline__ Lookup look_up(int32_t position, bool wanted) const {
+    const auto index = static_cast<int32_t>(block_size.quotient(position));
+    return {position, index, load_if(wanted, blocks + index)};
+  }
+  __device__ __forceinline__ int32_t slot(const Lookup& found) const {
+    return (found.block - found.index) * static_cast<int32_t>(block_size.value) + found.position;
   }
 };
 
-// Entries of a list in the order of positions: a thread has words of four in a row, as many as the others.
+// Entries of a list in the order of positions: a thread has words in a row, as many as the others.
 template <class C>
-struct Entries {
-  static constexpr int kNum = C::kListWords * 4;
-  uint32_t keys[kNum];  // kNone in places without an entry
-  int words_of_thread;
-  bool listed;  // of positions that are in the list; of others, the place is the position
+struct Entries : Logits<C::kListWords> {
+  bool listed;  // with positions that are in the list; of others, the place is the position
 
-  __device__ __forceinline__ void divide(int num_words, bool in_list) {
-    words_of_thread = (num_words + C::kThreads - 1) / C::kThreads;
+  __device__ __forceinline__ void divide(int num_words_of_all, bool in_list) {
+    this->num_words = (num_words_of_all + C::kThreads - 1) / C::kThreads;
     listed = in_list;
   }
-
-  __device__ __forceinline__ int word(const Block<C>& block, int j) const {
-    return block.thread * words_of_thread + j;
-  }
+  __device__ __forceinline__ int word(const Block<C>& block, int j) const { return block.thread * this->num_words + j; }
   // The place of entry i of a thread.
   __device__ __forceinline__ uint32_t place(const Block<C>& block, int i) const {
     return word(block, i / 4) * 4 + i % 4;
   }
 };
 
-// Of the keys in the bin of the boundary, the last that is selected: its key and its place.
 template <class C>
-__device__ __forceinline__ uint2 find_cut_in_crowd(Block<C>& block, const Entries<C>& entries, const Search<C>& found,
-                                                   int needed) {
+using ListSearch = Search<C, C::kListWords * 4>;
+
+// Of the entries in the bin of the boundary, the last that is selected: its key and its place.
+template <class C>
+__device__ __forceinline__ uint2 find_cut_in_crowd(Block<C>& block, const Entries<C>& entries,
+                                                   const ListSearch<C>& found, int needed) {
   auto& shared = block.shared;
-#pragma unroll
-  for (int i = 0; i < Entries<C>::kNum; ++i) {
-    if (found.bins(entries.keys[i]) == found.boundary.bin) {
-      shared.crowd[atomicAdd(&shared.num_crowd, 1)] = make_uint2(entries.keys[i], entries.place(block, i));
+  entries.for_each([&](int i) {
+    if (found.bin[i] == found.boundary.bin) {
+      shared.crowd[atomicAdd(&shared.num_crowd, 1)] = make_uint2(key_of(entries.x[i]), entries.place(block, i));
     }
-  }
+  });
   __syncthreads();
   for (int candidate = block.warp; candidate < found.boundary.inside; candidate += C::kWarps) {
     const uint2 own = shared.crowd[candidate];
@@ -99,52 +92,44 @@ __device__ __forceinline__ uint2 find_cut_in_crowd(Block<C>& block, const Entrie
 
 // As above, where all of them are equal.
 template <class C>
-__device__ __forceinline__ uint2 find_cut_in_ties(Block<C>& block, const Entries<C>& entries, const Search<C>& found,
-                                                  int needed) {
-  const uint32_t key = found.bins.high;
+__device__ __forceinline__ uint2 find_cut_in_ties(Block<C>& block, const Entries<C>& entries,
+                                                  const ListSearch<C>& found, int needed) {
   int count = 0, total;
-#pragma unroll
-  for (int i = 0; i < Entries<C>::kNum; ++i) {
-    count += entries.keys[i] == key;
-  }
+  entries.for_each([&](int i) { count += found.bin[i] == found.boundary.bin; });
   int rank = block.sum_before(count, total);
-#pragma unroll
-  for (int i = 0; i < Entries<C>::kNum; ++i) {
-    if (entries.keys[i] == key && ++rank == needed) {
-      block.shared.cut = make_uint2(key, entries.place(block, i));
+  entries.for_each([&](int i) {
+    if (found.bin[i] == found.boundary.bin && ++rank == needed) {
+      block.shared.cut = make_uint2(found.bins.high, entries.place(block, i));
     }
-  }
+  });
   __syncthreads();
   return block.shared.cut;
 }
 
-// The k highest, of k or more; of equal ones, the first.
+// Which are the k highest, of k or more; of equal ones, the first.
 template <class C>
 __device__ __forceinline__ uint32_t select_entries(Block<C>& block, const Entries<C>& entries, int num_entries, int k) {
   uint32_t mask = 0;
   if (num_entries == k) {
-#pragma unroll
-    for (int i = 0; i < Entries<C>::kNum; ++i) {
-      mask |= entries.keys[i] != kNone ? 1u << i : 0u;
-    }
+    entries.for_each([&](int i) { mask |= entries.x[i] == entries.x[i] ? 1u << i : 0u; });
     return mask;
   }
   if (block.thread == 0) {
     block.shared.num_crowd = 0;  // which barriers of the search make known
   }
-  const Search<C> found = search(block, entries.keys, k, kCrowd);
+  const ListSearch<C> found = search(block, entries, k, kCrowd);
   const int needed = k - found.boundary.above;
-  uint2 cut = make_uint2(kNone, 0);
-  if (needed < found.boundary.inside) {
-    cut = found.boundary.inside <= kCrowd ? find_cut_in_crowd(block, entries, found, needed)
-                                          : find_cut_in_ties(block, entries, found, needed);
-  }
-#pragma unroll
-  for (int i = 0; i < Entries<C>::kNum; ++i) {
-    const uint32_t key = entries.keys[i];
-    const int bin = found.bins(key);
-    const bool reaches = key > cut.x || (key == cut.x && entries.place(block, i) <= cut.y);
-    mask |= bin < found.boundary.bin || (bin == found.boundary.bin && reaches) ? 1u << i : 0u;
+  const bool all = needed == found.boundary.inside;
+  entries.for_each([&](int i) { mask |= found.bin[i] < found.boundary.bin + all ? 1u << i : 0u; });
+  if (!all) {
+    const uint2 cut = found.boundary.inside <= kCrowd ? find_cut_in_crowd(block, entries, found, needed)
+                                                      : find_cut_in_ties(block, entries, found, needed);
+    entries.for_each([&](int i) {
+      if (found.bin[i] == found.boundary.bin) {
+        const uint32_t key = key_of(entries.x[i]);
+        mask |= key > cut.x || (key == cut.x && entries.place(block, i) <= cut.y) ? 1u << i : 0u;
+      }
+    });
   }
   return mask;
 }
@@ -152,31 +137,37 @@ __device__ __forceinline__ uint32_t select_entries(Block<C>& block, const Entrie
 template <class C>
 __device__ __forceinline__ void write_slots(Block<C>& block, const Entries<C>& entries, int num_entries, int k,
                                             const Pages& pages, int32_t* topk_slot) {
+  constexpr int kWords = 2;  // at once
   const uint32_t mask = select_entries(block, entries, num_entries, k);
   int total;
   int32_t* target = topk_slot + block.sum_before(__popc(mask), total);
-  constexpr int kAtOnce = 8;  // on their way
 #pragma unroll
-  for (int begin = 0; begin < Entries<C>::kNum; begin += kAtOnce) {
-    int32_t positions[kAtOnce], slots[kAtOnce];
+  for (int begin = 0; begin < Entries<C>::kWords; begin += kWords) {
+    Pages::Lookup found[kWords][4];
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      positions[i] = static_cast<int32_t>(entries.place(block, begin + i));
-    }
-    if (entries.listed) {
+    for (int j = 0; j < kWords; ++j) {
+      if (begin + j < entries.num_words) {
+        const int word = entries.word(block, begin + j);
+        int4 four = {word * 4, word * 4 + 1, word * 4 + 2, word * 4 + 3};
+        if (entries.listed) {
+          four = reinterpret_cast<const int4*>(block.shared.positions)[min(word, C::kCapacity / 4 - 1)];
+        }
+        const int32_t positions[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-      for (int i = 0; i < kAtOnce; i += 4) {
-        const int word = min(entries.word(block, (begin + i) / 4), C::kCapacity / 4 - 1);
-        const int4 four = reinterpret_cast<const int4*>(block.shared.positions)[word];
-        positions[i] = four.x, positions[i + 1] = four.y, positions[i + 2] = four.z, positions[i + 3] = four.w;
+        for (int i = 0; i < 4; ++i) {
+          found[j][i] = pages.look_up(positions[i], mask >> ((begin + j) * 4 + i) & 1);
+        }
       }
     }
-    const uint32_t wanted = mask >> begin;
-    pages.find_slots(slots, positions, wanted);
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (wanted >> i & 1) {
-        *target++ = slots[i];
+    for (int j = 0; j < kWords; ++j) {
+      if (begin + j < entries.num_words) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (mask >> ((begin + j) * 4 + i) & 1) {
+            *target++ = pages.slot(found[j][i]);
+          }
+        }
       }
     }
   }
@@ -186,17 +177,11 @@ __device__ __forceinline__ void write_slots(Block<C>& block, const Entries<C>& e
 template <class C>
 __device__ __forceinline__ void write_all(const Block<C>& block, int num_keys, int k, const Pages& pages,
                                           int32_t* topk_slot) {
-  constexpr int kAtOnce = 2;
-  for (int begin = block.thread; begin < k; begin += kAtOnce * C::kThreads) {
-    const int32_t positions[kAtOnce] = {begin, begin + C::kThreads};
-    int32_t slots[kAtOnce];
-    pages.find_slots(slots, positions, (positions[0] < num_keys) | (positions[1] < num_keys) << 1);
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (positions[i] < k) {
-        topk_slot[positions[i]] = slots[i];
-      }
-    }
+#pragma unroll 2
+  for (int position = block.thread; position < k; position += C::kThreads) {
+    const bool exists = position < num_keys;
+    const auto found = pages.look_up(position, exists);
+    topk_slot[position] = exists ? pages.slot(found) : -1;
   }
 }
 

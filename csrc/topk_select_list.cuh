@@ -38,8 +38,9 @@ struct Row {
     }
   }
 
+  // Of a logit that has been loaded; NaN counts as minus infinity in the row, and as nothing behind it.
   __device__ __forceinline__ uint32_t key(float x, int word, int i) const {
-    return word * 4 + i < num_keys ? key_of(x) : kNone;
+    return word * 4 + i < num_keys ? key_of(x) : kBelowAll;
   }
 };
 
@@ -148,7 +149,8 @@ struct Exact {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float x = tile.logits[j][i];
-        const bool counts_as_lowest = key == kLowest && x != x && Tile<C>::word(block, first, j) * 4 + i < row.num_keys;
+        const bool in_row = Tile<C>::word(block, first, j) * 4 + i < row.num_keys;
+        const bool counts_as_lowest = key == kLowest && x != x && in_row;
         higher |= x > lowest ? 1u << (4 * j + i) : 0u;
         tied |= x == lowest || counts_as_lowest ? 1u << (4 * j + i) : 0u;
       }
@@ -213,11 +215,12 @@ __device__ __forceinline__ int list_share(Block<C>& block, const Row<kAligned>& 
 // k: neighbours are alike, which leaves less than that, but enough.
 template <class C>
 struct Sample {
-  uint32_t keys[C::kSampleWords * 4];
+  Logits<C::kSampleWords> logits;
 
   template <bool kAligned>
   __device__ __forceinline__ Sample(const Block<C>& block, const Row<kAligned>& row) {
     constexpr int kWords = C::kSample / 4;
+    logits.num_words = C::kSampleWords;
 #pragma unroll
     for (int j = 0; j < C::kSampleWords; ++j) {
       const uint32_t index = j * C::kThreads + block.thread;
@@ -225,7 +228,7 @@ struct Sample {
       row.load_whole(x, static_cast<int>(static_cast<uint64_t>(index) * (row.num_keys / 4) / kWords));
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        keys[j * 4 + i] = key_of(x[i]);
+        logits.x[j * 4 + i] = fmaxf(x[i], -INFINITY);
       }
     }
   }
@@ -237,7 +240,7 @@ struct Sample {
     // In rows so long that the list might not hold them, half way between too few and too many.
     const float expected = fminf(root * root, 0.5f * (k + C::kCapacity));
     const int rank = min(static_cast<int>(expected / weight) + 1, C::kSample);
-    const Search<C> found = search(block, keys, rank, max(4, rank / 8));
+    const auto found = search(block, logits, rank, max(4, rank / 8));
     return fmaxf(found.bins.bottom_of(found.boundary.bin), kLowestFinite);
   }
 };

@@ -44,7 +44,7 @@ struct Lists {
     return total >= k && num_words * 4 <= C::kCapacity;
   }
 
-  // Keys to registers; positions to where they follow those of this block.
+  // Logits to registers; positions to where they follow those of this block.
   template <class C>
   __device__ __forceinline__ void load(Entries<C>& entries, Block<C>& block) const {
     entries.divide(num_words, true);
@@ -60,7 +60,7 @@ struct Lists {
         rank += word >= __shfl_sync(kAllLanes, first_word, rank + step) ? step : 0;
       }
       const int local = word - __shfl_sync(kAllLanes, first_word, rank);
-      remaining[j] = j < entries.words_of_thread ? __shfl_sync(kAllLanes, count, rank) - local * 4 : 0;
+      remaining[j] = j < entries.num_words ? __shfl_sync(kAllLanes, count, rank) - local * 4 : 0;
       moves[j] = remaining[j] > 0 && rank > 0;
       if (remaining[j] > 0) {
         logits_of[j] = load_words_in_cluster(address_in_block(logits + local * 16, rank));
@@ -75,7 +75,7 @@ struct Lists {
       const uint32_t bits[4] = {logits_of[j].x, logits_of[j].y, logits_of[j].z, logits_of[j].w};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        entries.keys[j * 4 + i] = i < remaining[j] ? key_of(__uint_as_float(bits[i])) : kNone;
+        entries.x[j * 4 + i] = i < remaining[j] ? fmaxf(__uint_as_float(bits[i]), -INFINITY) : NAN;
       }
     }
   }
@@ -87,7 +87,7 @@ __device__ __forceinline__ void load_row(Entries<C>& entries, const Block<C>& bl
   float x[C::kListWords][4];
 #pragma unroll
   for (int j = 0; j < C::kListWords; ++j) {
-    if (j < entries.words_of_thread) {
+    if (j < entries.num_words) {
       row.load(x[j], entries.word(block, j));
     }
   }
@@ -95,7 +95,8 @@ __device__ __forceinline__ void load_row(Entries<C>& entries, const Block<C>& bl
   for (int j = 0; j < C::kListWords; ++j) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      entries.keys[j * 4 + i] = j < entries.words_of_thread ? row.key(x[j][i], entries.word(block, j), i) : kNone;
+      const bool exists = j < entries.num_words && entries.place(block, j * 4 + i) < row.num_keys;
+      entries.x[j * 4 + i] = exists ? fmaxf(x[j][i], -INFINITY) : NAN;
     }
   }
 }
@@ -198,7 +199,11 @@ Variant variant_of() {
 }
 
 Variant find_variant(int variant) {
-  return variant == 0 ? variant_of<Config<1024, 1>>() : variant_of<Config<512, 2>>();
+  switch (variant) {
+    case 0: return variant_of<Config<1024, 1>>();
+    case 1: return variant_of<Config<512, 1>>();
+    default: return variant_of<Config<512, 2>>();
+  }
 }
 
 const char* describe(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }

@@ -21,7 +21,7 @@ struct TopkSelectArguments {
 
 constexpr int kMaxTopk = 2048;
 constexpr int kMaxTopkCluster = 16;
-constexpr int kNumTopkVariants = 2;
+constexpr int kNumTopkVariants = 3;
 
 // Both return null, or what went wrong. A row is divided among the blocks of a cluster: 1, 2, 4, 8 or 16. A dependent
 // launch may begin while the last kernel of the stream ends; it waits for its results.

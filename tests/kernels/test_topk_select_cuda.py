@@ -252,11 +252,12 @@ def test_nothing_is_run_on_tensors_without_memory():
 
 
 def test_clusters_fill_the_gpu():
-    concurrency = ((132, 66, 32, 16, 7), (264, 132, 64, 32, 14))
+    lone = (132, 66, 32, 16, 7)
+    concurrency = (lone, lone, (264, 132, 64, 32, 14))
     chosen = {(rows, n): tiling(rows, n, concurrency) for rows in (1, 16, 64, 128) for n in (4096, 131_072)}
     assert all(tiles.cluster_size == 1 for (_, n), tiles in chosen.items() if n == 4096)
-    assert [chosen[rows, 131_072].cluster_size for rows in (1, 16, 64, 128)] == [16, 4, 1, 1]
-    assert tiling(1, 131_072, ((132, 0, 0, 0, 0), (264, 0, 0, 0, 0))).cluster_size == 1
+    assert [chosen[rows, 131_072].cluster_size for rows in (1, 16, 64, 128)] == [16, 8, 2, 1]
+    assert tiling(1, 131_072, ((132, 0, 0, 0, 0),) * NUM_VARIANTS).cluster_size == 1
 
 
 @pytest.mark.skipif(not HAS_HOPPER, reason="needs a GPU of SM 90")

@@ -18,8 +18,8 @@ CAPACITY = 8192
 """Keys that a block holds: rows of no more need no cluster."""
 CLUSTER_SIZES = (1, 2, 4, 8, 16)
 """Blocks of a cluster; more than eight need the GPU's leave, which SM 90 gives."""
-NUM_VARIANTS = 2
-"""Blocks of 1024 threads, one to a multiprocessor; and of 512, two to one. Results are the same."""
+NUM_VARIANTS = 3
+"""Blocks of 1024 threads; of 512; and of 512 with half the registers, two to a multiprocessor."""
 
 _DEPENDENT = False
 """Whether a launch may begin while the last kernel of the stream ends."""
@@ -46,10 +46,10 @@ def tiling(num_rows: int, length: int, concurrency: tuple[tuple[int, ...], ...])
 
     def nanoseconds(cluster_size: int, variant: int, num_concurrent: int) -> float:
         num_waves = -(-num_rows // num_concurrent)
-        start = (2500, 3200)[variant] + (400 + 100 * cluster_size.bit_length() if cluster_size > 1 else 0)
+        start = (2700, 2500, 2800)[variant] + (400 + 100 * cluster_size.bit_length() if cluster_size > 1 else 0)
         num_active = min(num_rows, num_concurrent) * cluster_size
         # What a block reads when it is alone; and its part of what the memory delivers.
-        per_key = max((0.06, 0.1)[variant], num_active / 1100)
+        per_key = max((0.08, 0.1, 0.1)[variant], num_active / 1100)
         return num_waves * (start + length / cluster_size * per_key)
 
     candidates = [
