@@ -64,6 +64,8 @@ struct Lists {
       moves[j] = remaining[j] > 0 && rank > 0;
       if (remaining[j] > 0) {
         logits_of[j] = load_words_in_cluster(address_in_block(logits + local * 16, rank));
+      }
+      if (moves[j]) {
         positions_of[j] = load_words_in_cluster(address_in_block(positions + local * 16, rank));
       }
     }
