@@ -68,13 +68,14 @@ def on_cpu(tmp_path_factory) -> Callable[..., None]:
 
 def on_gpu(logits, num_keys, request_ids, table, block_size, out, tiling, seed) -> None:
     moved = [cuda_copy(x) for x in (logits, num_keys, request_ids, table)]
+    results = []
     for repeat in range(5):
-        result = out.cuda()
+        results.append(out.cuda())
         dependent = repeat % 2 == 1
-        torch.ops.vllm_dsv32.topk_select(*moved, block_size, tiling.cluster_size, tiling.variant, dependent, result)
-        assert repeat == 0 or torch.equal(result, first)
-        first = result
-    out.copy_(first)
+        options = (block_size, tiling.cluster_size, tiling.variant, dependent)
+        torch.ops.vllm_dsv32.topk_select(*moved, *options, results[-1])
+    assert all(torch.equal(result, results[0]) for result in results)
+    out.copy_(results[0])
 
 
 @pytest.fixture(params=["on_cpu", "on_gpu"])
