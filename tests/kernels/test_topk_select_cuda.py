@@ -11,7 +11,7 @@ import torch
 
 from kernels.emulated import emulated
 from kernels.inputs import cuda_copy
-from vllm_dsv32.kernels import cuda_library, topk_select, topk_select_cuda, topk_slots
+from vllm_dsv32.kernels import cuda_library, topk_select, topk_select_cuda
 from vllm_dsv32.kernels.topk_select_cuda import CAPACITY, CLUSTER_SIZES, NUM_VARIANTS, Tiling, tiling
 
 HAS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -90,12 +90,16 @@ def runner(request) -> Runner:
     return Runner(on_gpu, 2048, CAPACITY, num_sample_words=1024, tile=16384, width=163_840, tilings=tilings)
 
 
-def wanted(logits, num_keys, k, request_ids=None, table=None, block_size=None) -> torch.Tensor:
+def wanted(logits, num_keys, k, request_ids=None, table=None, block_size=64) -> torch.Tensor:
+    """Slots; without a table, positions."""
     device = "cuda" if HAS_HOPPER else "cpu"  # where long rows take long
-    topk_pos = torch.empty(len(num_keys), k, dtype=torch.int32, device=device)
-    topk_select.reference(logits.to(device), torch.tensor(num_keys, dtype=torch.int32, device=device), topk_pos)
-    topk_pos = topk_pos.cpu()
-    return topk_pos if table is None else topk_slots.reference(topk_pos, request_ids, table, block_size)[0]
+    if table is None:
+        request_ids = torch.zeros(len(num_keys), dtype=torch.int32)
+        table = torch.arange(-(-logits.shape[1] // block_size), dtype=torch.int32).unsqueeze(0)
+    arguments = (logits, torch.tensor(num_keys, dtype=torch.int32), request_ids, table)
+    topk_slot = torch.empty(len(num_keys), k, dtype=torch.int32, device=device)
+    topk_select.reference(*(x.to(device) for x in arguments), block_size, topk_slot)
+    return topk_slot.cpu()
 
 
 def sampled(runner: Runner, width: int) -> torch.Tensor:
