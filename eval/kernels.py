@@ -87,6 +87,20 @@ LINES = {
         [(8 * K,), (32 * K,), (128 * K,)],
         [(32 * K,)],
     ),
+    "select-decode": Line(
+        "top-k and its slots, decode; peers: the best of vLLM's top-k kernels, and its remap",
+        Goal(1.5),
+        measurements.select_decode,
+        list(product((1, 4, 16, 64, 128), (4 * K, 32 * K, 128 * K))),
+        [(1, 32 * K), (64, 32 * K)],
+    ),
+    "decode-block-16": Line(
+        "attention between its projections, decode, 16 heads; peers: vLLM's, with FA3 (bf16), FlashMLA (fp8)",
+        Goal(1.6),
+        measurements.decode_block,
+        [(16, *point) for point in product((1, 4, 16, 64), (8 * K, 32 * K, 128 * K))],
+        [(16, 1, 32 * K), (16, 16, 32 * K)],
+    ),
 }
 
 

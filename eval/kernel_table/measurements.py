@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from triton.errors import TritonError
 
+from kernel_table import decode_block as decode_block_of
 from kernel_table import peers
 from kernel_table.agreement import DIFFERENCE_LIMIT, num_wrong_rows, relative_difference
+from kernel_table.decode_block import BlockProblem
 from kernel_table.problems import (
     BLOCK_SIZE,
     TOPK,
@@ -25,7 +27,17 @@ from vllm_dsv32.kernels.dispatch import KernelSet, Problem, select_kernels
 from vllm_dsv32.kernels.selection import select
 from vllm_dsv32.layout import FP8_DS_MLA, LATENT_FP8_NBYTES
 
-__all__ = ["FAILURES", "index_decode", "index_prefill", "our_kernels", "problem", "sparse_decode", "sparse_prefill"]
+__all__ = [
+    "FAILURES",
+    "decode_block",
+    "index_decode",
+    "index_prefill",
+    "our_kernels",
+    "problem",
+    "select_decode",
+    "sparse_decode",
+    "sparse_prefill",
+]
 
 FAILURES = (RuntimeError, TritonError)
 """What a launch raises that cannot be done."""
@@ -165,8 +177,7 @@ def index_decode(batch: int, length: int) -> Row:
     row = Row(f"B={batch} x {length // 1024}K")
     num_inputs = _num_inputs(batch * length * 132)
     inputs = [index_problem(batch, 1, length, _INDEX_BLOCKS) for _ in range(num_inputs)]
-    topk_ops = {name: op for name, op in peers.TOPK_OPS.items() if batch <= 64 or name != "cooperative_topk"}
-    return _index(row, inputs, peers.deep_gemm_paged, topk_ops, batch)
+    return _index(row, inputs, peers.deep_gemm_paged, _decode_topk_ops(batch), batch)
 
 
 def index_prefill(length: int) -> Row:
@@ -342,7 +353,77 @@ def _num_wrong_selections(topk: TopkSelect, logits: torch.Tensor, num_keys: torc
     return num_wrong_rows(logits, num_keys, topk_slot)
 
 
-# Both.
+# Selection alone, and the whole between a decode step's projections.
+
+
+def select_decode(batch: int, length: int) -> Row:
+    """From logits to slots."""
+    row = Row(f"B={batch} x {length // 1024}K")
+    kernels = our_kernels()
+    name = kernels.names["topk_select"]
+    problems = [index_problem(batch, 1, length, _INDEX_BLOCKS) for _ in range(_num_inputs(batch * length * 4))]
+    logits = [torch.randn(batch, length, device="cuda") for _ in problems]
+    topk_slot = torch.empty(batch, TOPK, dtype=torch.int32, device="cuda")
+
+    def calls(select_slots: TopkSelect) -> list[Call]:
+        return [
+            functools.partial(select_slots, x, p.num_keys, p.request_ids, p.block_table, BLOCK_SIZE, topk_slot)
+            for x, p in zip(logits, problems, strict=True)
+        ]
+
+    num_keys = problems[0].num_keys
+    wrong = _num_wrong_selections(kernels.topk_select, logits[0], num_keys)
+    if wrong:
+        row.wrong.append(f"top-k of {name}: {wrong} of {batch} rows are not the highest {TOPK}")
+    others: Contestants = {}
+    refusal = peers.refusals(problem()).get(peers.DEEP_GEMM)
+    if refusal is not None:
+        row.skipped["vLLM's top-k"] = refusal
+    else:
+        for op_name, op in _decode_topk_ops(batch).items():
+            _enter(row, others, op_name, calls(_then_slots(op)), op, logits[0], num_keys)
+    _time(row, {name: calls(kernels.topk_select)}, others)
+    return row
+
+
+def decode_block(num_heads: int, batch: int, length: int) -> Row:
+    """One token of each request, from behind its projections to its attention's result."""
+    row = Row(f"B={batch} x {length // 1024}K")
+    caches, index_cache = _latent_caches(), _index_keys()
+    num_inputs = _num_inputs(batch * (length * 132 + TOPK * LATENT_FP8_NBYTES))
+    inputs = [BlockProblem.random(batch, num_heads, length, _LATENT_BLOCKS) for _ in range(num_inputs)]
+    refusals = peers.refusals(problem(num_heads=num_heads))
+    refusal = refusals.get(peers.DEEP_GEMM)
+    ours: Contestants = {}
+    others: Contestants = {}
+    for cache_format, peer in (("auto", peers.FLASH_ATTN3), (FP8_DS_MLA, peers.FLASH_MLA)):
+        cache, kind = caches[cache_format], "bf16" if cache_format == "auto" else "fp8"
+        kernels = our_kernels(cache_format, num_heads)
+        ours[kind] = [decode_block_of.ours(kernels, x, cache, index_cache, SCALE) for x in inputs]
+        result = ours[kind][0]()
+        reason = refusal or refusals.get(peer)
+        if reason is not None:
+            row.skipped[f"{peer} {kind}"] = reason
+            continue
+        for op_name, op in _decode_topk_ops(batch).items():
+            name = f"{peer} {kind}, {op_name}"
+            try:
+                calls = [decode_block_of.in_tree(x, cache, index_cache, cache_format, op, SCALE) for x in inputs]
+                # A key more or less of those that are nearly tied is a two-thousandth of what is attended to.
+                _judge(row, f"vs {name}", relative_difference(result, calls[0]()) / 2)
+            except FAILURES as error:
+                row.skipped[name] = _one_line(error)
+                continue
+            others[name] = calls
+    _time(row, ours, others)
+    return row
+
+
+def _decode_topk_ops(batch: int) -> dict[str, TopkOp]:
+    return {name: op for name, op in peers.TOPK_OPS.items() if batch <= 64 or name != "cooperative_topk"}
+
+
+# All.
 
 
 def _judge(row: Row, name: str, difference: float) -> None:

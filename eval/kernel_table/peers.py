@@ -20,9 +20,12 @@ __all__ = [
     "FLASH_MLA",
     "TOPK_OPS",
     "deep_gemm_paged",
+    "deep_gemm_paged_of",
     "deep_gemm_prefill",
     "flash_attn3",
+    "flash_attn3_of",
     "flash_mla",
+    "flash_mla_of",
     "flash_mla_prefill",
     "refusals",
     "slots_of",
@@ -58,47 +61,65 @@ Attention = Callable[[], torch.Tensor]
 
 def flash_attn3(problem: SparseProblem, cache: torch.Tensor, scale: float) -> Attention:
     """Each slot is a page of one row."""
+    attend = flash_attn3_of(len(problem.q), cache, scale)
+    latent, rope = problem.q[..., :KV_LORA_RANK].contiguous(), problem.q[..., KV_LORA_RANK:].contiguous()
+    return lambda: attend(latent, rope, problem.slots, problem.num_valid)
+
+
+def flash_attn3_of(num_tokens: int, cache: torch.Tensor, scale: float) -> Callable[..., torch.Tensor]:
+    """The same for queries in two parts, slots and their numbers that are given later."""
     from vllm.vllm_flash_attn.flash_attn_interface import flash_attn_varlen_func
 
     rows = cache.view(-1, cache.shape[2])
-    num_tokens = problem.q.shape[0]
     starts = torch.arange(num_tokens + 1, dtype=torch.int32, device="cuda")
-    q_rope, q_nope = problem.q[..., KV_LORA_RANK:].contiguous(), problem.q[..., :KV_LORA_RANK].contiguous()
-    return lambda: flash_attn_varlen_func(
-        q=q_rope,
-        k=rows[:, None, None, KV_LORA_RANK:],
-        v=rows[:, None, None, :KV_LORA_RANK],
-        q_v=q_nope,
-        max_seqlen_q=1,
-        cu_seqlens_q=starts,
-        max_seqlen_k=TOPK,
-        seqused_k=problem.num_valid,
-        block_table=problem.slots,
-        softmax_scale=scale,
-        causal=True,
-        fa_version=3,
-    )
+
+    def attend(
+        latent: torch.Tensor, rope: torch.Tensor, slots: torch.Tensor, num_valid: torch.Tensor
+    ) -> torch.Tensor:
+        return flash_attn_varlen_func(
+            q=rope,
+            k=rows[:, None, None, KV_LORA_RANK:],
+            v=rows[:, None, None, :KV_LORA_RANK],
+            q_v=latent,
+            max_seqlen_q=1,
+            cu_seqlens_q=starts,
+            max_seqlen_k=TOPK,
+            seqused_k=num_valid,
+            block_table=slots,
+            softmax_scale=scale,
+            causal=True,
+            fa_version=3,
+        )
+
+    return attend
 
 
 def flash_mla(problem: SparseProblem, cache: torch.Tensor, scale: float, *, one_request: bool) -> Attention:
     """Over the fp8 cache, with each token or all tokens together as a request; the first call schedules."""
+    q, num_heads = _padded(problem.q), problem.q.shape[1]
+    attend = flash_mla_of(cache, scale, one_request=one_request)
+    attend(q, problem.slots)
+    return lambda: attend(q, problem.slots)[:, :num_heads]
+
+
+def flash_mla_of(cache: torch.Tensor, scale: float, *, one_request: bool) -> Callable[..., torch.Tensor]:
+    """The same for queries and slots that are given later."""
     from vllm.v1.attention.ops import flashmla  # noqa: F401  registers the operators
 
     axis = 0 if one_request else 1
-    q, slots = _padded(problem.q).unsqueeze(axis), problem.slots.unsqueeze(axis)
     pages = cache.unsqueeze(2).view(torch.float8_e4m3fn)
-    num_heads = problem.q.shape[1]
     schedule: list[Any] = [None, None]
 
-    def call() -> torch.Tensor:
+    def attend(q: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         operator = torch.ops._flashmla_C.sparse_decode_fwd
         none = (None, None, None)
-        result = operator(q, pages, slots, None, None, *schedule, *none, KV_LORA_RANK, scale, None)
+        result = operator(
+            q.unsqueeze(axis), pages, slots.unsqueeze(axis), None, None, *schedule, *none, KV_LORA_RANK, scale, None
+        )
         schedule[:] = result[2:4]
-        return result[0].squeeze(axis)[:, :num_heads]
+        return result[0].squeeze(axis)
 
-    call()
-    return call
+    return attend
 
 
 def flash_mla_prefill(problem: SparseProblem, cache: torch.Tensor, scale: float) -> Attention:
@@ -123,21 +144,32 @@ Logits = Callable[[slice], torch.Tensor]
 
 def deep_gemm_paged(problem: IndexProblem, cache: torch.Tensor) -> Logits:
     """Decode: each row is a request."""
+    score = deep_gemm_paged_of(problem, cache)
+    num_rows = len(problem.num_keys)
+
+    def call(rows: slice) -> torch.Tensor:
+        assert rows == slice(0, num_rows), "the schedule is of the whole batch"
+        return score(problem.q_fp8, problem.weights)
+
+    return call
+
+
+def deep_gemm_paged_of(problem: IndexProblem, cache: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """The same for queries and weights that are given later."""
     from vllm import _custom_ops  # noqa: F401  registers torch.ops._C
     from vllm.utils import deep_gemm
 
     lengths = problem.num_keys.unsqueeze(1)
     schedule = deep_gemm.get_paged_mqa_logits_metadata(lengths, BLOCK_SIZE, deep_gemm.get_num_sms())
-    q, keys = (problem.q_fp8.unsqueeze(1), None), cache.unsqueeze(2)
-    width = problem.max_num_keys
+    keys, width = cache.unsqueeze(2), problem.max_num_keys
 
-    def call(rows: slice) -> torch.Tensor:
-        assert rows == slice(0, len(lengths)), "the schedule is of the whole batch"
+    def score(q_fp8: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        q = (q_fp8.unsqueeze(1), None)
         return deep_gemm.fp8_fp4_paged_mqa_logits(
-            q, keys, problem.weights, lengths, problem.block_table, schedule, width, clean_logits=False
+            q, keys, weights, lengths, problem.block_table, schedule, width, clean_logits=False
         )
 
-    return call
+    return score
 
 
 def deep_gemm_prefill(problem: IndexProblem, cache: torch.Tensor) -> Logits:
