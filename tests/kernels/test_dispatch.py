@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vllm_dsv32.errors import KernelUnavailableError
-from vllm_dsv32.kernels import dispatch
+from vllm_dsv32.kernels import cuda_library, dispatch
 from vllm_dsv32.kernels.dispatch import KERNELS, OPERATIONS, Problem, explain, select_kernels
 from vllm_dsv32.kernels.vendor.libraries import is_installed
 
@@ -124,6 +124,37 @@ def test_an_override_is_obeyed_or_refused():
     assert select_kernels(ON_A_GPU, {"sparse_mla": "reference"}).names["sparse_mla"] == "reference"
     with pytest.raises(KernelUnavailableError, match="no operation is called attention; the operations are"):
         select_kernels(PROBLEM, {"attention": "reference"})
+
+
+CUDA = {"topk_select": ON_A_GPU, "sparse_mla": replace(ON_A_GPU, cache_format="fp8_ds_mla")}
+
+
+@pytest.mark.parametrize("operation", CUDA)
+@pytest.mark.parametrize("reason", [None, "needs the library"])
+def test_cuda_kernels_come_first_where_they_were_built(monkeypatch, operation, reason):
+    monkeypatch.setattr(cuda_library, "refusal", lambda: reason)
+    chosen = select_kernels(CUDA[operation]).names[operation]
+    assert (chosen == "cuda") == (reason is None)
+    refusals = {row.name: refusal for row, refusal in explain(operation, CUDA[operation])}
+    assert refusals["cuda"] == reason
+
+
+@pytest.mark.parametrize(
+    ("operation", "change", "words"),
+    [
+        ("topk_select", {"device_type": "cpu"}, "takes CUDA devices, got cpu"),
+        ("topk_select", {"capability": (10, 0)}, "takes compute capability 9.0, got 10.0"),
+        ("topk_select", {"topk": 2049}, "takes a top-k of at most 2048, got 2049"),
+        ("sparse_mla", {"capability": (8, 0)}, "takes compute capability 9.0, got 8.0"),
+        ("sparse_mla", {"cache_format": "auto"}, "takes the cache format fp8_ds_mla, got auto"),
+        ("sparse_mla", {"dtype": torch.float32}, "takes models in bfloat16, got torch.float32"),
+        ("sparse_mla", {"num_heads": 33}, "takes at most 32 heads, got 33"),
+    ],
+)
+def test_cuda_kernels_say_what_they_do_not_take(monkeypatch, operation, change, words):
+    monkeypatch.setattr(cuda_library, "refusal", lambda: None)
+    refusals = {row.name: refusal for row, refusal in explain(operation, replace(CUDA[operation], **change))}
+    assert refusals["cuda"] == words
 
 
 # Operation, name, a problem that the row takes where vLLM's libraries are, and the library that it needs.

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from vllm_dsv32.errors import KernelUnavailableError
+from vllm_dsv32.kernels import cuda_library
 from vllm_dsv32.kernels.vendor.libraries import is_installed
 from vllm_dsv32.layout import FP8_DS_MLA, INDEX_HEAD_DIM, KV_LORA_RANK, ROPE_DIM
 
@@ -153,8 +154,45 @@ def _gluon_refuses(problem: Problem) -> Refusal:
     return None
 
 
+def _library_kernel_refuses(problem: Problem) -> Refusal:
+    """Kernels that were compiled ahead of time, for one GPU, if they were."""
+    refusal = _cuda_refuses(problem)
+    if refusal is not None:
+        return refusal
+    if problem.capability != cuda_library.CAPABILITY:
+        return f"takes compute capability {_dotted(cuda_library.CAPABILITY)}, got {_dotted(problem.capability)}"
+    return cuda_library.refusal()
+
+
+_CUDA_TOPK = 2048
+
+
+def _cuda_topk_refuses(problem: Problem) -> Refusal:
+    if problem.topk > _CUDA_TOPK:
+        return f"takes a top-k of at most {_CUDA_TOPK}, got {problem.topk}"
+    return _library_kernel_refuses(problem)
+
+
+_CUDA_HEADS = 32
+
+
+def _cuda_attention_refuses(problem: Problem) -> Refusal:
+    if problem.cache_format != FP8_DS_MLA:
+        return f"takes the cache format {FP8_DS_MLA}, got {problem.cache_format}"
+    if problem.dtype != torch.bfloat16:
+        return f"takes models in bfloat16, got {problem.dtype}"
+    if problem.num_heads > _CUDA_HEADS:
+        return f"takes at most {_CUDA_HEADS} heads, got {problem.num_heads}"
+    return _library_kernel_refuses(problem)
+
+
 def _dotted(capability: tuple[int, int] | None) -> str:
     return "unknown" if capability is None else ".".join(map(str, capability))
+
+
+def _cuda(operation: str, refuse: Callable[[Problem], Refusal]) -> Kernel:
+    target = f"vllm_dsv32.kernels.{operation}_cuda:{operation}"
+    return Kernel(operation, "cuda", target, refuse, graph_capturable=True)
 
 
 def _triton(operation: str, refuse: Callable[[Problem], Refusal] = _triton_refuses) -> Kernel:
@@ -220,7 +258,9 @@ KERNELS: list[Kernel] = [
     _triton("token_keys"),
     _triton("keys_and_queries"),
     _triton("index_logits"),
+    _cuda("topk_select", _cuda_topk_refuses),
     _triton("topk_select", _triton_topk_refuses),
+    _cuda("sparse_mla", _cuda_attention_refuses),
     Kernel(
         operation="sparse_mla",
         name="gluon",
