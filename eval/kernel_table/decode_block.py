@@ -75,7 +75,8 @@ class BlockProblem:
         """Requests of one length, in pages at random places."""
         index = index_problem(batch, 1, length, num_blocks)
         last = length - 1
-        angles = torch.outer(torch.arange(length), 10_000.0 ** (-torch.arange(0, ROPE_DIM, 2) / ROPE_DIM))
+        frequency = 10_000.0 ** (-torch.arange(0, ROPE_DIM, 2, device="cuda") / ROPE_DIM)
+        angles = torch.outer(torch.arange(length, device="cuda"), frequency)
 
         def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
             return (torch.randn(*shape, device="cuda") * scale).bfloat16()
@@ -83,7 +84,7 @@ class BlockProblem:
         return cls(
             index=index,
             positions=torch.full((batch,), last, device="cuda"),
-            cos_sin=torch.cat((angles.cos(), angles.sin()), dim=1).cuda(),
+            cos_sin=torch.cat((angles.cos(), angles.sin()), dim=1),
             slots=index.block_table[:, last // BLOCK_SIZE].long() * BLOCK_SIZE + last % BLOCK_SIZE,
             q_c=random(batch, Q_LORA_RANK),
             kv_c=random(batch, KV_LORA_RANK),

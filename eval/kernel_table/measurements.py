@@ -399,8 +399,9 @@ def decode_block(num_heads: int, batch: int, length: int) -> Row:
     for cache_format, peer in (("auto", peers.FLASH_ATTN3), (FP8_DS_MLA, peers.FLASH_MLA)):
         cache, kind = caches[cache_format], "bf16" if cache_format == "auto" else "fp8"
         kernels = our_kernels(cache_format, num_heads)
-        ours[kind] = [decode_block_of.ours(kernels, x, cache, index_cache, SCALE) for x in inputs]
-        result = ours[kind][0]()
+        name = f"{kernels.names['sparse_mla']} {kind}"
+        ours[name] = [decode_block_of.ours(kernels, x, cache, index_cache, SCALE) for x in inputs]
+        result = ours[name][0]()
         reason = refusal or refusals.get(peer)
         if reason is not None:
             row.skipped[f"{peer} {kind}"] = reason

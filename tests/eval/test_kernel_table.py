@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from kernel_table import measurements, peers
+from kernel_table import decode_block, measurements, peers
 from kernel_table.agreement import num_wrong_rows, relative_difference
 from kernel_table.problems import BLOCK_SIZE
 from kernel_table.table import Goal, Row, report, row_text, summary, summary_text
@@ -256,6 +256,40 @@ def test_a_peer_whose_slots_are_wrong_does_not_compete(with_peers, monkeypatch):
     monkeypatch.setattr(peers, "slots_of", lambda topk_pos, *_: topk_pos ^ 1)
     row = measurements.index_decode(2, 4096)
     assert row.skipped == {"DeepGEMM + op": "2 of 2 rows are not the highest 2048"}
+
+
+def test_selection_alone(with_peers, monkeypatch):
+    monkeypatch.setattr(peers, "TOPK_OPS", {"op": topk_peer, "cooperative_topk": wrong_topk_peer})
+    row = measurements.select_decode(2, 4096)
+    assert (row.ratio, row.wrong, list(row.peers)) == (1.5, [], ["op"])
+    assert row.skipped == {"cooperative_topk": "2 of 2 rows are not the highest 2048"}
+
+
+def block_peer(factor):
+    """vLLM's side by our references, with FlashMLA's over the cache that it was given."""
+
+    def in_tree(x, cache, index_cache, cache_format, topk, scale):
+        assert (cache.dtype == torch.uint8) == (cache_format == "fp8_ds_mla")
+        kernels = measurements.our_kernels(cache_format)
+        call = decode_block.ours(kernels, x, cache, index_cache, scale)
+        return lambda: factor * call()
+
+    return in_tree
+
+
+@pytest.mark.parametrize(("factor", "ratio"), [(1.0, 1.5), (1.1, None)])
+def test_a_decode_steps_attention_as_a_whole(with_peers, monkeypatch, factor, ratio):
+    monkeypatch.setattr(decode_block, "in_tree", block_peer(factor))
+    row = measurements.decode_block(4, 2, 2050)
+    assert row.ratio == ratio
+    assert list(row.ours) == ["reference bf16", "reference fp8"]
+    assert list(row.peers) == ["FA3 bf16, op", "FlashMLA fp8, op"]
+    assert len(row.wrong) == (0 if ratio else 2)
+
+
+def test_without_peers_the_block_is_ours_alone(small):
+    row = measurements.decode_block(4, 1, 100)
+    assert (row.ratio, row.peers, len(row.ours), len(row.skipped)) == (None, {}, 2, 2)
 
 
 def wrong_topk(logits, *rest):
