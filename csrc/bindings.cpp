@@ -51,20 +51,18 @@ void* current_stream(int device_index) {
   return stream;
 }
 
-void require_splits(int64_t num_splits, int64_t variant) {
+void require_splits(int64_t num_splits) {
   require(is_power_of_two(num_splits, kMaxSplits), "sparse_mla_fp8: num_splits: expected a power of two up to ",
           kMaxSplits, ", got ", num_splits);
-  require(variant >= 0 && variant < kNumVariants, "sparse_mla_fp8: variant: expected 0 to ", kNumVariants - 1,
-          ", got ", variant);
 }
 
 void sparse_mla_fp8(Tensor q, Tensor cache, Tensor topk_slot, Tensor num_valid, double scale_log2,
-                    int64_t num_splits, int64_t variant, Tensor out, Tensor lse) {
+                    int64_t num_splits, Tensor out, Tensor lse) {
   require(q.dim() == 3 && topk_slot.dim() == 2 && cache.dim() == 3,
           "sparse_mla_fp8: expected q, cache and topk_slot of 3, 3 and 2 dimensions, got ", q.dim(), ", ",
           cache.dim(), " and ", topk_slot.dim());
   const int64_t num_tokens = q.size(0), num_heads = q.size(1), num_slots = topk_slot.size(1);
-  require_splits(num_splits, variant);
+  require_splits(num_splits);
   const char* op = "sparse_mla_fp8";
   require_tensor(op, q, "q", ScalarType::BFloat16, {num_tokens, num_heads, kLatentDim});
   require_tensor(op, topk_slot, "topk_slot", ScalarType::Int, {num_tokens, num_slots});
@@ -95,31 +93,29 @@ void sparse_mla_fp8(Tensor q, Tensor cache, Tensor topk_slot, Tensor num_valid, 
       .num_slots = static_cast<int>(num_slots),
       .block_size = static_cast<int>(cache.size(1)),
   };
-  const char* error = launch_sparse_mla(arguments, static_cast<int>(num_splits), static_cast<int>(variant),
-                                        current_stream(q.get_device_index()));
+  const char* error =
+      launch_sparse_mla(arguments, static_cast<int>(num_splits), current_stream(q.get_device_index()));
   require(error == nullptr, "sparse_mla_fp8: ", error ? error : "");
 }
 
 // Of the current device.
-int64_t sparse_mla_fp8_concurrency(int64_t num_splits, int64_t variant) {
-  require_splits(num_splits, variant);
+int64_t sparse_mla_fp8_concurrency(int64_t num_splits) {
+  require_splits(num_splits);
   int count = 0;
-  const char* error = count_concurrent_clusters(static_cast<int>(num_splits), static_cast<int>(variant), &count);
+  const char* error = count_sparse_mla_clusters(static_cast<int>(num_splits), &count);
   require(error == nullptr, "sparse_mla_fp8_concurrency: ", error ? error : "");
   return count;
 }
 
-void require_clusters(int64_t cluster_size, int64_t variant) {
+void require_cluster_size(int64_t cluster_size) {
   require(is_power_of_two(cluster_size, kMaxTopkCluster), "topk_select: cluster_size: expected a power of two up to ",
           kMaxTopkCluster, ", got ", cluster_size);
-  require(variant >= 0 && variant < kNumTopkVariants, "topk_select: variant: expected 0 to ", kNumTopkVariants - 1,
-          ", got ", variant);
 }
 
 void topk_select(Tensor logits, Tensor num_keys, Tensor request_ids, Tensor block_table, int64_t block_size,
-                 int64_t cluster_size, int64_t variant, bool dependent, Tensor topk_slot) {
+                 int64_t cluster_size, Tensor topk_slot) {
   const char* op = "topk_select";
-  require_clusters(cluster_size, variant);
+  require_cluster_size(cluster_size);
   require_rows(op, logits, "logits", ScalarType::Float);
   require_rows(op, block_table, "block_table", ScalarType::Int);
   require(topk_slot.dim() == 2 && topk_slot.size(1) <= kMaxTopk, op, ": topk_slot: expected at most ", kMaxTopk,
@@ -147,17 +143,16 @@ void topk_select(Tensor logits, Tensor num_keys, Tensor request_ids, Tensor bloc
       .k = static_cast<int>(k),
       .block_size = static_cast<int>(block_size),
   };
-  const char* error = launch_topk_select(arguments, static_cast<int>(cluster_size), static_cast<int>(variant),
-                                         dependent, current_stream(logits.get_device_index()));
+  const char* error =
+      launch_topk_select(arguments, static_cast<int>(cluster_size), current_stream(logits.get_device_index()));
   require(error == nullptr, op, ": ", error ? error : "");
 }
 
 // Of the current device.
-int64_t topk_select_concurrency(int64_t cluster_size, int64_t variant) {
-  require_clusters(cluster_size, variant);
+int64_t topk_select_concurrency(int64_t cluster_size) {
+  require_cluster_size(cluster_size);
   int count = 0;
-  const char* error =
-      count_concurrent_topk_clusters(static_cast<int>(cluster_size), static_cast<int>(variant), &count);
+  const char* error = count_topk_select_clusters(static_cast<int>(cluster_size), &count);
   require(error == nullptr, "topk_select_concurrency: ", error ? error : "");
   return count;
 }
@@ -167,12 +162,12 @@ int64_t topk_select_concurrency(int64_t cluster_size, int64_t variant) {
 STABLE_TORCH_LIBRARY_FRAGMENT(vllm_dsv32, library) {
   library.def(
       "sparse_mla_fp8(Tensor q, Tensor cache, Tensor topk_slot, Tensor num_valid, float scale_log2, int num_splits, "
-      "int variant, Tensor(a!) out, Tensor(b!) lse) -> ()");
-  library.def("sparse_mla_fp8_concurrency(int num_splits, int variant) -> int");
+      "Tensor(a!) out, Tensor(b!) lse) -> ()");
+  library.def("sparse_mla_fp8_concurrency(int num_splits) -> int");
   library.def(
       "topk_select(Tensor logits, Tensor num_keys, Tensor request_ids, Tensor block_table, int block_size, "
-      "int cluster_size, int variant, bool dependent, Tensor(a!) topk_slot) -> ()");
-  library.def("topk_select_concurrency(int cluster_size, int variant) -> int");
+      "int cluster_size, Tensor(a!) topk_slot) -> ()");
+  library.def("topk_select_concurrency(int cluster_size) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_dsv32, CUDA, library) {

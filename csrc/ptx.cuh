@@ -36,11 +36,6 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, int nb
                : "memory");
 }
 
-// Arrives once this thread's copies of 16 bytes so far are complete; counts as one of the expected arrivals.
-__device__ __forceinline__ void mbarrier_arrive_after_copies(uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-
 // Returns when the phase of this parity is complete. Phases alternate from 0; that before the first counts as
 // complete, so who waits for a free stage starts with parity 1.
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
@@ -75,19 +70,6 @@ __device__ __forceinline__ void cluster_barrier_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
-// True in one lane of the warp. The compiler knows that there is only one, and uses uniform registers for it.
-__device__ __forceinline__ bool elect_lane() {
-  uint32_t elected;
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "elect.sync _|p, 0xffffffff;\n"
-      "selp.u32 %0, 1, 0, p;\n"
-      "}\n"
-      : "=r"(elected));
-  return elected != 0;
-}
-
 // ---- copies from global to shared memory ------------------------------------------------------------------------
 
 // Both addresses and the size are multiples of 16; the barrier is told of every byte that has arrived.
@@ -95,12 +77,6 @@ __device__ __forceinline__ void copy_bulk(void* shared, const void* global, int 
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    shared_address(shared)),
                "l"(__cvta_generic_to_global(global)), "r"(nbytes), "r"(shared_address(barrier))
-               : "memory");
-}
-
-__device__ __forceinline__ void copy_16_bytes(uint32_t shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared),
-               "l"(__cvta_generic_to_global(global))
                : "memory");
 }
 
@@ -210,7 +186,13 @@ __device__ __forceinline__ uint4 load_words_in_cluster(uint32_t address) {
 
 // ---- launches ---------------------------------------------------------------------------------------------------
 
-// Of a launch that may begin before the last kernel of its stream has ended; of others, at once.
+// Lets the blocks of the next kernel of the stream start where this one leaves room, once all blocks of this one have
+// called it. That kernel waits in turn.
+__device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;"); }
+
+// Returns when the last kernel of the stream has ended and what it wrote can be read. Every thread calls it before it
+// reads or writes global memory, even if it does neither: the next kernel, which waits for this one alone, has then
+// waited for all before it.
 __device__ __forceinline__ void wait_for_last_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 }  // namespace dsv32

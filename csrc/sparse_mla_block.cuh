@@ -1,4 +1,4 @@
-// What the warps of a block share: its configuration, its work, its shared memory.
+// What the warps of a block share: its sizes, its shared memory, its work.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -23,6 +23,7 @@ constexpr int kLatentSteps = kKvLoraRank / 16;  // of products over 16 columns
 constexpr int kRopeSteps = kRopeDim / 16;
 constexpr int kSteps = kLatentSteps + kRopeSteps;
 
+constexpr int kStages = 4;  // of rows
 constexpr int kWeightStages = 2;
 // A row of weights, in values. An odd multiple of 16 bytes: eight rows at the same column do not conflict.
 constexpr int kWeightPitch = kTileKeys + 8;
@@ -37,52 +38,38 @@ __host__ __device__ __forceinline__ int num_head_tiles(int num_heads) {
   return (num_heads + kTileHeads - 1) / kTileHeads;
 }
 
-enum class Copies {
-  kRowOfWarp,  // 656 bytes by an instruction of a warp
-  kRowOfLane,  // the same by each of its lanes, which the compiler has take turns
-  kChunks,     // 16 bytes by a lane
-};
+// Of a thread. Scores, with the queries in registers, take what the others give; (S + 2 V + C) * 128 <= 65536.
+constexpr int kScoreRegisters = 224;
+constexpr int kValueRegisters = 120;
+constexpr int kCopyRegisters = 40;
 
-template <Copies kCopies_, bool kQueriesInRegisters_>
-struct Config {
-  static constexpr Copies kCopies = kCopies_;
-  static constexpr bool kQueriesInRegisters = kQueriesInRegisters_;
-  static constexpr int kStages = 4;
-  // Scores with queries in registers take what the others give; (S + 2 V + C) * 128 <= 65536.
-  static constexpr int kScoreRegisters = 224;
-  static constexpr int kValueRegisters = 120;
-  static constexpr int kCopyRegisters = 40;
-};
-
-template <class C>
 struct Shared {
-  alignas(128) uint8_t rows[C::kStages][kTileKeys][kLatentFp8Nbytes];
+  alignas(128) uint8_t rows[kStages][kTileKeys][kLatentFp8Nbytes];
   // Weights times the scale of each group, times 2^60.
   alignas(16) __nv_bfloat16 weights[kWeightStages][kNumGroups][kTileHeads][kWeightPitch];
-  // As operands of each step: what a lane holds.
-  alignas(16) uint4 queries[C::kQueriesInRegisters ? 1 : kSteps][32];
   alignas(16) float maxima[2][kTileHeads][kNumScoreWarps];
   alignas(16) float totals[2][kTileHeads][kNumScoreWarps];
   alignas(16) float shrink[kWeightStages][kTileHeads];
   alignas(16) float2 softmax[kTileHeads];  // of all keys of the block: the maximum, to the base 2; the denominator
-  uint64_t rows_full[C::kStages];
-  uint64_t rows_free[C::kStages];
+  uint64_t rows_full[kStages];
+  uint64_t rows_free[kStages];
   uint64_t weights_full[kWeightStages];
   uint64_t weights_free[kWeightStages];
   uint64_t softmax_full;
   uint64_t softmax_free;
 };
 
+static_assert(sizeof(Shared) <= 227 * 1024);
 // The output of a split takes the place of the first rows, once all are used.
 static_assert(kTileHeads * kOutPitch * 4 <= kTileKeys * kLatentFp8Nbytes);
 
 // Where in a ring of stages a warp is.
-template <int kStages>
+template <int kNumStages>
 struct Turn {
   int stage = 0;
   uint32_t parity = 0;
   __device__ __forceinline__ void next() {
-    if (++stage == kStages) {
+    if (++stage == kNumStages) {
       stage = 0;
       parity ^= 1;
     }

@@ -44,50 +44,16 @@ __device__ __forceinline__ void load_query(uint32_t (&a)[4], const SparseMlaArgu
   }
 }
 
-// Queries as operands, wherever they are kept.
-template <class C>
-struct Queries {
-  uint32_t held[C::kQueriesInRegisters ? kSteps : 1][4];
-  const uint4* kept;
-
-  __device__ __forceinline__ Queries(Shared<C>& shared, const SparseMlaArguments& p, const Work& work, int warp,
-                                     int lane) {
-    if constexpr (C::kQueriesInRegisters) {
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        load_query(held[step], p, work, step, lane);
-      }
-    } else {
-      for (int step = warp; step < kSteps; step += kNumScoreWarps) {
-        load_query(held[0], p, work, step, lane);
-        shared.queries[step][lane] = make_uint4(held[0][0], held[0][1], held[0][2], held[0][3]);
-      }
-      named_barrier(kScoreBarrier, kWarpgroup);
-    }
-    kept = &shared.queries[0][lane];
-  }
-
-  __device__ __forceinline__ void get(uint32_t (&a)[4], int step) const {
-    if constexpr (C::kQueriesInRegisters) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        a[i] = held[step][i];
-      }
-    } else {
-      const uint4 x = kept[step * 32];
-      a[0] = x.x, a[1] = x.y, a[2] = x.z, a[3] = x.w;
-    }
-  }
-};
+// As operands: what a lane holds of each step.
+using Queries = uint32_t[kSteps][4];
 
 // Scores of 16 keys, in two blocks of eight, before the scale of the softmax.
-template <class C>
 __device__ __forceinline__ void score_keys(float (&score)[2][4], const float4 (&scale)[2][2],
-                                           const Queries<C>& queries, uint32_t rows) {
-  uint32_t a[4], r[4];
+                                           const Queries& queries, uint32_t rows) {
+  uint32_t r[4];
 #pragma unroll
   for (int step = 0; step < kRopeSteps; ++step) {
-    queries.get(a, kLatentSteps + step);
+    const auto& a = queries[kLatentSteps + step];
     // Matrices: both blocks of keys at the first eight columns, then at the other eight.
     load_matrices(r, rows + kRopeOffset + step * 32);
     multiply(score[0], a, r[0], r[2]);
@@ -103,12 +69,12 @@ __device__ __forceinline__ void score_keys(float (&score)[2][4], const float4 (&
       for (int g = 0; g < 2; ++g) {
         const int first = (pair + g) * kLatentGroupSize + column;
         load_matrices(r, rows + first);
-        queries.get(a, first / 16);
-        multiply(part[g][0], a, decode_even(r[0]), decode_odd(r[0]));
-        multiply(part[g][1], a, decode_even(r[1]), decode_odd(r[1]));
-        queries.get(a, first / 16 + 1);
-        multiply(part[g][0], a, decode_even(r[2]), decode_odd(r[2]));
-        multiply(part[g][1], a, decode_even(r[3]), decode_odd(r[3]));
+        const auto& low = queries[first / 16];
+        const auto& high = queries[first / 16 + 1];
+        multiply(part[g][0], low, decode_even(r[0]), decode_odd(r[0]));
+        multiply(part[g][1], low, decode_even(r[1]), decode_odd(r[1]));
+        multiply(part[g][0], high, decode_even(r[2]), decode_odd(r[2]));
+        multiply(part[g][1], high, decode_even(r[3]), decode_odd(r[3]));
       }
     }
 #pragma unroll
@@ -124,19 +90,21 @@ __device__ __forceinline__ void score_keys(float (&score)[2][4], const float4 (&
 }
 
 // Where this warpgroup is in all that it shares with the others.
-template <class C>
 struct ScoreTurns {
-  Turn<C::kStages> rows;
+  Turn<kStages> rows;
   Turn<kWeightStages> weights;
   Turn<1> softmax;
   int totals = 0;
 };
 
-template <class C>
-__device__ __forceinline__ void score_tiles(ScoreTurns<C>& turns, Shared<C>& shared, const SparseMlaArguments& p,
+__device__ __forceinline__ void score_tiles(ScoreTurns& turns, Shared& shared, const SparseMlaArguments& p,
                                             const Work& work, int warp, int lane) {
   const int g = lane / 4, t = lane % 4;
-  const Queries<C> queries(shared, p, work, warp, lane);
+  Queries queries;
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    load_query(queries[step], p, work, step, lane);
+  }
   // As load_matrices takes them: of a block of eight keys, then of the next one, then 16 bytes on in both.
   const int row_offset = (warp * kKeysOfWarp + lane % 8 + lane / 8 % 2 * 8) * kLatentFp8Nbytes + lane / 16 * 16;
 

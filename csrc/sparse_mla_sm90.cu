@@ -12,6 +12,7 @@
 
 #include <algorithm>
 
+#include "launch.cuh"
 #include "sparse_mla_copy.cuh"
 #include "sparse_mla_scores.cuh"
 #include "sparse_mla_sm90.h"
@@ -20,10 +21,9 @@
 namespace dsv32 {
 namespace {
 
-template <class C>
-__device__ __forceinline__ void sum_works(Shared<C>& shared, const SparseMlaArguments& p, const Place& place,
-                                          int warp, int lane) {
-  ValueTurns<C> turns;
+__device__ __forceinline__ void sum_works(Shared& shared, const SparseMlaArguments& p, const Place& place, int warp,
+                                          int lane) {
+  ValueTurns turns;
   for (int index = place.first_work; index < place.num_works; index += place.stride) {
     const Work work(p, place, index);
     Sums sums = {};
@@ -48,10 +48,9 @@ __device__ __forceinline__ void sum_works(Shared<C>& shared, const SparseMlaArgu
   }
 }
 
-template <class C>
-__device__ __forceinline__ void score_works(Shared<C>& shared, const SparseMlaArguments& p, const Place& place,
-                                            int warp, int lane) {
-  ScoreTurns<C> turns;
+__device__ __forceinline__ void score_works(Shared& shared, const SparseMlaArguments& p, const Place& place, int warp,
+                                            int lane) {
+  ScoreTurns turns;
   for (int index = place.first_work; index < place.num_works; index += place.stride) {
     score_tiles(turns, shared, p, Work(p, place, index), warp, lane);
     if (place.num_splits > 1) {
@@ -61,17 +60,11 @@ __device__ __forceinline__ void score_works(Shared<C>& shared, const SparseMlaAr
   }
 }
 
-template <class C>
-__device__ __forceinline__ void copy_works(Shared<C>& shared, const SparseMlaArguments& p, const Place& place,
-                                           int warp, int lane) {
-  Turn<C::kStages> turn;
+__device__ __forceinline__ void copy_works(Shared& shared, const SparseMlaArguments& p, const Place& place, int warp,
+                                           int lane) {
+  Turn<kStages> turn;
   for (int index = place.first_work; index < place.num_works; index += place.stride) {
-    const Work work(p, place, index);
-    if constexpr (C::kCopies == Copies::kChunks) {
-      copy_tiles_in_chunks(turn, shared, p, work, warp, lane);
-    } else {
-      copy_tiles_in_bulk(turn, shared, p, work, warp, lane);
-    }
+    copy_tiles(turn, shared, p, Work(p, place, index), warp, lane);
     if (place.num_splits > 1) {
       cluster_barrier();
       cluster_barrier_relaxed();
@@ -79,16 +72,16 @@ __device__ __forceinline__ void copy_works(Shared<C>& shared, const SparseMlaArg
   }
 }
 
-template <class C>
 __global__ void __launch_bounds__(kNumThreads, 1)
     sparse_mla_fp8_kernel(const __grid_constant__ SparseMlaArguments p, const int num_splits) {
-  auto& shared = *reinterpret_cast<Shared<C>*>(shared_memory());
+  let_next_kernel_start();
+  auto& shared = *reinterpret_cast<Shared*>(shared_memory());
   // The same in all lanes, which the compiler cannot know of threadIdx.
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   const int lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < C::kStages; ++stage) {
-      mbarrier_init(&shared.rows_full[stage], C::kCopies == Copies::kChunks ? kWarpgroup : 1);
+    for (int stage = 0; stage < kStages; ++stage) {
+      mbarrier_init(&shared.rows_full[stage], 1);
       mbarrier_init(&shared.rows_free[stage], kNumValueWarps);
     }
     for (int stage = 0; stage < kWeightStages; ++stage) {
@@ -101,101 +94,35 @@ __global__ void __launch_bounds__(kNumThreads, 1)
   }
   const Place place(p, num_splits);
   __syncthreads();
+  wait_for_last_kernel();
 
   if (warp < kNumScoreWarps) {
-    if constexpr (C::kQueriesInRegisters) {
-      take_registers<C::kScoreRegisters>();
-    }
+    take_registers<kScoreRegisters>();
     score_works(shared, p, place, warp, lane);
   } else if (warp < kNumScoreWarps + kNumValueWarps) {
-    if constexpr (C::kQueriesInRegisters) {
-      give_registers<C::kValueRegisters>();
-    }
+    give_registers<kValueRegisters>();
     sum_works(shared, p, place, warp - kNumScoreWarps, lane);
   } else {
-    if constexpr (C::kQueriesInRegisters) {
-      give_registers<C::kCopyRegisters>();
-    }
+    give_registers<kCopyRegisters>();
     copy_works(shared, p, place, warp - kNumScoreWarps - kNumValueWarps, lane);
   }
 }
 
-using Kernel = void (*)(SparseMlaArguments, int);
-
-struct Variant {
-  Kernel kernel;
-  int shared_nbytes;
-};
-
-template <class C>
-Variant variant_of() {
-  static_assert(sizeof(Shared<C>) <= 227 * 1024);
-  return {sparse_mla_fp8_kernel<C>, static_cast<int>(sizeof(Shared<C>))};
-}
-
-Variant find_variant(int variant) {
-  switch (variant) {
-    case 0: return variant_of<Config<Copies::kRowOfWarp, true>>();
-    case 1: return variant_of<Config<Copies::kRowOfWarp, false>>();
-    case 2: return variant_of<Config<Copies::kChunks, true>>();
-    case 3: return variant_of<Config<Copies::kChunks, false>>();
-    case 4: return variant_of<Config<Copies::kRowOfLane, true>>();
-    default: return {nullptr, 0};
-  }
-}
-
-const char* describe(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
-
-// A launch configuration that refers to itself cannot be copied.
-struct Launch {
-  cudaLaunchAttribute cluster;
-  cudaLaunchConfig_t config = {};
-
-  Launch(const Variant& variant, int num_blocks, int num_splits, cudaStream_t stream) {
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {static_cast<unsigned>(num_splits), 1, 1};
-    config.gridDim = dim3(num_blocks);
-    config.blockDim = dim3(kNumThreads);
-    config.dynamicSmemBytes = variant.shared_nbytes;
-    config.stream = stream;
-    config.attrs = &cluster;
-    config.numAttrs = 1;
-  }
-  Launch(const Launch&) = delete;
-};
-
-cudaError_t prepare(const Variant& variant) {
-  const cudaError_t error =
-      cudaFuncSetAttribute(variant.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, variant.shared_nbytes);
-  if (error != cudaSuccess) {
-    return error;
-  }
-  return cudaFuncSetAttribute(variant.kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-}
+ClusterShape cluster_of(int num_splits) { return {num_splits, kNumThreads, static_cast<int>(sizeof(Shared))}; }
 
 }  // namespace
 
-const char* launch_sparse_mla(const SparseMlaArguments& arguments, int num_splits, int variant, void* stream) {
-  const Variant chosen = find_variant(variant);
-  if (const cudaError_t error = prepare(chosen); error != cudaSuccess) {
-    return describe(error);
-  }
+const char* launch_sparse_mla(const SparseMlaArguments& arguments, int num_splits, void* stream) {
   const int num_works = arguments.num_tokens * num_head_tiles(arguments.num_heads);
   int device = 0, num_multiprocessors = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device);
   const int num_blocks = num_splits > 1 ? num_works * num_splits : std::min(num_works, num_multiprocessors);
-  const Launch launch(chosen, num_blocks, num_splits, static_cast<cudaStream_t>(stream));
-  return describe(cudaLaunchKernelEx(&launch.config, chosen.kernel, arguments, num_splits));
+  return launch_clusters(sparse_mla_fp8_kernel, cluster_of(num_splits), num_blocks, stream, arguments, num_splits);
 }
 
-const char* count_concurrent_clusters(int num_splits, int variant, int* count) {
-  const Variant chosen = find_variant(variant);
-  if (const cudaError_t error = prepare(chosen); error != cudaSuccess) {
-    return describe(error);
-  }
-  const Launch launch(chosen, num_splits, num_splits, nullptr);
-  return describe(cudaOccupancyMaxActiveClusters(count, chosen.kernel, &launch.config));
+const char* count_sparse_mla_clusters(int num_splits, int* count) {
+  return count_concurrent_clusters(sparse_mla_fp8_kernel, cluster_of(num_splits), count);
 }
 
 }  // namespace dsv32

@@ -20,11 +20,11 @@ struct SparseMlaArguments {
   int block_size;
 };
 
-constexpr int kNumVariants = 5;
 constexpr int kMaxSplits = 16;
 
-// Both return null, or what went wrong. Keys are split among the blocks of a cluster: 1, 2, 4, 8 or 16.
-const char* launch_sparse_mla(const SparseMlaArguments& arguments, int num_splits, int variant, void* stream);
-const char* count_concurrent_clusters(int num_splits, int variant, int* count);
+// Keys of a token are split among the blocks of a cluster: 1, 2, 4, 8 or 16. The clusters that the current device runs
+// at once are counted. Both functions return null, or what went wrong.
+const char* launch_sparse_mla(const SparseMlaArguments& arguments, int num_splits, void* stream);
+const char* count_sparse_mla_clusters(int num_splits, int* count);
 
 }  // namespace dsv32

@@ -18,16 +18,14 @@ constexpr float kLn2 = 0.6931471805599453f;
 using Sums = float[kUnitsOfWarp][2][4];
 
 // Where these warpgroups are in all that they share with the others.
-template <class C>
 struct ValueTurns {
-  Turn<C::kStages> rows;
+  Turn<kStages> rows;
   Turn<kWeightStages> weights;
   Turn<1> softmax;
 };
 
-template <class C>
-__device__ __forceinline__ void sum_tiles(Sums& sums, ValueTurns<C>& turns, Shared<C>& shared, const Work& work,
-                                          int warp, int lane) {
+__device__ __forceinline__ void sum_tiles(Sums& sums, ValueTurns& turns, Shared& shared, const Work& work, int warp,
+                                          int lane) {
   const int g = lane / 4;
   const int group = warp * kDimsOfWarp / kLatentGroupSize;
   // As the loads take them: a block of eight keys, the next one, and both 16 bytes on; and heads 0 to 7, 8 to 15, and
@@ -93,8 +91,7 @@ __device__ __forceinline__ void store_lse(const SparseMlaArguments& p, const Wor
 // Of 2^60, so that sums are what they stand for; without keys, sums are zero.
 __device__ __forceinline__ float normaliser(float total) { return total == 0.0f ? 0.0f : kTwoPow60 / total; }
 
-template <class C>
-__device__ __forceinline__ void store_sums(const Sums& sums, ValueTurns<C>& turns, Shared<C>& shared,
+__device__ __forceinline__ void store_sums(const Sums& sums, ValueTurns& turns, Shared& shared,
                                            const SparseMlaArguments& p, const Work& work, int warp, int lane) {
   const int g = lane / 4, t = lane % 4;
   mbarrier_wait(&shared.softmax_full, turns.softmax.parity);
@@ -125,13 +122,11 @@ __device__ __forceinline__ void store_sums(const Sums& sums, ValueTurns<C>& turn
   }
 }
 
-template <class C>
-__device__ __forceinline__ float* split_sums(Shared<C>& shared) {
+__device__ __forceinline__ float* split_sums(Shared& shared) {
   return reinterpret_cast<float*>(&shared.rows[0][0][0]);
 }
 
-template <class C>
-__device__ __forceinline__ void keep_sums(const Sums& sums, Shared<C>& shared, int warp, int lane) {
+__device__ __forceinline__ void keep_sums(const Sums& sums, Shared& shared, int warp, int lane) {
   const int g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -146,8 +141,8 @@ __device__ __forceinline__ void keep_sums(const Sums& sums, Shared<C>& shared, i
 }
 
 // Each block joins a share of the columns, from the shared memory of all blocks of its cluster.
-template <int kSplits, class C>
-__device__ __forceinline__ void join_sums(Shared<C>& shared, const SparseMlaArguments& p, const Work& work, int rank,
+template <int kSplits>
+__device__ __forceinline__ void join_sums(Shared& shared, const SparseMlaArguments& p, const Work& work, int rank,
                                           int thread) {
   constexpr int kQuads = kKvLoraRank / 4 / kSplits;  // of a row
   const uint32_t softmax_address = shared_address(shared.softmax);

@@ -10,10 +10,9 @@ namespace dsv32::topk {
 constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr int kCrowd = 128;  // keys that are ranked one against the other
 
-template <int kThreads_, int kBlocks_, int kCapacity_ = 8192, int kSample_ = 4096, int kNumBins_ = 2048>
+template <int kThreads_, int kCapacity_, int kSample_, int kNumBins_>
 struct Config {
   static constexpr int kThreads = kThreads_;
-  static constexpr int kBlocks = kBlocks_;      // of a multiprocessor
   static constexpr int kCapacity = kCapacity_;  // of a list, in logits
   static constexpr int kSample = kSample_;      // logits that a threshold is guessed from
   static constexpr int kNumBins = kNumBins_;
@@ -25,6 +24,9 @@ struct Config {
   static_assert(kWarps <= 32 && kListWords * kThreads * 4 == kCapacity && kSampleWords * kThreads * 4 == kSample);
   static_assert(kSample <= kCapacity && kThreadBins * kThreads == kNumBins);
 };
+
+// What is launched; tests have smaller blocks, which short rows fill.
+using FullSize = Config<1024, 8192, 4096, 2048>;
 
 // The bin in which what is searched for lies.
 struct Boundary {

@@ -7,6 +7,7 @@
 // one block holds need no list, and rows of at most k keys are not read.
 #include <cuda_runtime.h>
 
+#include "launch.cuh"
 #include "topk_select_exact.cuh"
 #include "topk_select_finish.cuh"
 #include "topk_select_sm90.h"
@@ -137,8 +138,10 @@ struct Parameters {
 };
 
 template <class C, bool kAligned>
-__global__ void __launch_bounds__(C::kThreads, C::kBlocks)
+__global__ void __launch_bounds__(C::kThreads, 1)
     topk_select_kernel(const __grid_constant__ Parameters parameters) {
+  let_next_kernel_start();
+  wait_for_last_kernel();
   const TopkSelectArguments& p = parameters.arguments;
   const int log2_size = parameters.log2_cluster_size;
   const int row_index = blockIdx.x >> log2_size;
@@ -150,7 +153,6 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
       .warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 32, 0),
       .lane = static_cast<int>(threadIdx.x) % 32,
   };
-  wait_for_last_kernel();
   const int num_keys = min(p.num_keys[row_index], p.length);
   const Pages pages = {p.block_table + p.request_ids[row_index] * p.block_table_stride, parameters.block_size};
   const Row<kAligned> row = {p.logits + row_index * p.logits_stride, num_keys};
@@ -185,91 +187,33 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
   }
 }
 
-using Kernel = void (*)(Parameters);
-
-struct Variant {
-  Kernel aligned;
-  Kernel any;
-  int num_threads;
-  int shared_nbytes;
-};
+template <class C>
+ClusterShape cluster_of(int cluster_size) {
+  static_assert(sizeof(Shared<C>) <= 227 * 1024);
+  return {cluster_size, C::kThreads, static_cast<int>(sizeof(Shared<C>))};
+}
 
 template <class C>
-Variant variant_of() {
-  static_assert(sizeof(Shared<C>) * C::kBlocks <= 227 * 1024);
-  return {topk_select_kernel<C, true>, topk_select_kernel<C, false>, C::kThreads, static_cast<int>(sizeof(Shared<C>))};
-}
-
-Variant find_variant(int variant) {
-  switch (variant) {
-    case 0: return variant_of<Config<1024, 1>>();
-    case 1: return variant_of<Config<512, 1>>();
-    default: return variant_of<Config<512, 2>>();
-  }
-}
-
-const char* describe(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
-
-// A launch configuration that refers to itself cannot be copied.
-struct Launch {
-  cudaLaunchAttribute attributes[2];
-  cudaLaunchConfig_t config = {};
-
-  Launch(const Variant& variant, int64_t num_clusters, int cluster_size, bool dependent, cudaStream_t stream) {
-    attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim = {static_cast<unsigned>(cluster_size), 1, 1};
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[1].val.programmaticStreamSerializationAllowed = 1;
-    config.gridDim = dim3(static_cast<unsigned>(num_clusters * cluster_size));
-    config.blockDim = dim3(variant.num_threads);
-    config.dynamicSmemBytes = variant.shared_nbytes;
-    config.stream = stream;
-    config.attrs = attributes;
-    config.numAttrs = dependent ? 2 : 1;
-  }
-  Launch(const Launch&) = delete;
-};
-
-cudaError_t prepare(Kernel kernel, int shared_nbytes) {
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_nbytes);
-  if (error != cudaSuccess) {
-    return error;
-  }
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-}
-
-cudaError_t launch(const Variant& variant, const TopkSelectArguments& arguments, int cluster_size, bool dependent,
-                   cudaStream_t stream) {
+const char* launch(const TopkSelectArguments& arguments, int cluster_size, void* stream) {
   const bool aligned = reinterpret_cast<uintptr_t>(arguments.logits) % 16 == 0 && arguments.logits_stride % 4 == 0;
-  const Kernel kernel = aligned ? variant.aligned : variant.any;
-  if (const cudaError_t error = prepare(kernel, variant.shared_nbytes); error != cudaSuccess) {
-    return error;
-  }
-  const Launch launch(variant, arguments.num_rows, cluster_size, dependent, stream);
   int log2_cluster_size = 0;
   while (1 << log2_cluster_size < cluster_size) {
     ++log2_cluster_size;
   }
-  return cudaLaunchKernelEx(&launch.config, kernel,
-                            Parameters{arguments, Divisor(arguments.block_size), log2_cluster_size});
+  return launch_clusters(aligned ? topk_select_kernel<C, true> : topk_select_kernel<C, false>,
+                         cluster_of<C>(cluster_size), arguments.num_rows * cluster_size, stream,
+                         Parameters{arguments, Divisor(arguments.block_size), log2_cluster_size});
 }
 
 }  // namespace topk
 
-const char* launch_topk_select(const TopkSelectArguments& arguments, int cluster_size, int variant, bool dependent,
-                               void* stream) {
-  return topk::describe(topk::launch(topk::find_variant(variant), arguments, cluster_size, dependent,
-                                     static_cast<cudaStream_t>(stream)));
+const char* launch_topk_select(const TopkSelectArguments& arguments, int cluster_size, void* stream) {
+  return topk::launch<topk::FullSize>(arguments, cluster_size, stream);
 }
 
-const char* count_concurrent_topk_clusters(int cluster_size, int variant, int* count) {
-  const topk::Variant chosen = topk::find_variant(variant);
-  if (const cudaError_t error = topk::prepare(chosen.aligned, chosen.shared_nbytes); error != cudaSuccess) {
-    return topk::describe(error);
-  }
-  const topk::Launch launch(chosen, 1, cluster_size, false, nullptr);
-  return topk::describe(cudaOccupancyMaxActiveClusters(count, chosen.aligned, &launch.config));
+const char* count_topk_select_clusters(int cluster_size, int* count) {
+  return count_concurrent_clusters(topk::topk_select_kernel<topk::FullSize, true>,
+                                   topk::cluster_of<topk::FullSize>(cluster_size), count);
 }
 
 }  // namespace dsv32

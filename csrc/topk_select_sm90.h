@@ -20,13 +20,11 @@ struct TopkSelectArguments {
 };
 
 constexpr int kMaxTopk = 2048;
-constexpr int kMaxTopkCluster = 16;
-constexpr int kNumTopkVariants = 3;
+constexpr int kMaxTopkCluster = 8;
 
-// Both return null, or what went wrong. A row is divided among the blocks of a cluster: 1, 2, 4, 8 or 16. A dependent
-// launch may begin while the last kernel of the stream ends; it waits for its results.
-const char* launch_topk_select(const TopkSelectArguments& arguments, int cluster_size, int variant, bool dependent,
-                               void* stream);
-const char* count_concurrent_topk_clusters(int cluster_size, int variant, int* count);
+// A row is divided among the blocks of a cluster: 1, 2, 4 or 8. The clusters that the current device runs at once are
+// counted. Both functions return null, or what went wrong.
+const char* launch_topk_select(const TopkSelectArguments& arguments, int cluster_size, void* stream);
+const char* count_topk_select_clusters(int cluster_size, int* count);
 
 }  // namespace dsv32

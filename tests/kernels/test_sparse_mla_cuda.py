@@ -15,7 +15,6 @@ from vllm_dsv32.layout import latent_fp8_views
 
 ROOT = Path(__file__).parents[2]
 SCALE = 0.04
-VARIANTS = range(5)
 
 needs_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a GPU of SM 90"
@@ -64,7 +63,7 @@ def on_cpu(tmp_path_factory):
     function = emulated("sparse_mla", tmp_path_factory.mktemp("cuda_on_cpu")).sparse_mla_on_cpu
     function.restype = ctypes.c_char_p
 
-    def call(q, cache, slots, valid, scale, num_splits, variant, seed=0):
+    def call(q, cache, slots, valid, scale, num_splits, seed=0):
         out = torch.full((*q.shape[:2], 512), torch.nan, dtype=torch.bfloat16)
         lse = torch.full(q.shape[:2], torch.nan)
         tensors = (q, cache, slots, valid, out, lse)
@@ -74,17 +73,16 @@ def on_cpu(tmp_path_factory):
             scale * 1.4426950408889634,
             *(q.shape[0], q.shape[1], slots.shape[1], cache.shape[1]),
         )
-        assert function(ctypes.byref(arguments), num_splits, variant, seed) is None
+        assert function(ctypes.byref(arguments), num_splits, seed) is None
         return out, lse
 
     return call
 
 
 @pytest.mark.parametrize("num_splits", sparse_mla_cuda.SPLITS)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_counts_around_tiles_and_splits_on_cpu(on_cpu, variant, num_splits):
+def test_counts_around_tiles_and_splits_on_cpu(on_cpu, num_splits):
     arguments = problem(16, [0, 1, 63, 64, 65, 129, 512], 512, 1024)
-    out, lse = on_cpu(*arguments, num_splits, variant)
+    out, lse = on_cpu(*arguments, num_splits)
     assert_near((out, lse), sparse_mla.reference(arguments[0].float(), *arguments[1:]))
     assert not out[0].any()
     assert bool((lse[0] == -torch.inf).all())
@@ -93,9 +91,9 @@ def test_counts_around_tiles_and_splits_on_cpu(on_cpu, variant, num_splits):
 @pytest.mark.parametrize("num_splits", [1, 4])
 def test_results_do_not_depend_on_the_order_of_threads(on_cpu, num_splits):
     arguments = problem(16, [0, 1, 63, 512, 0, 700, 1000, 65], 1024, 1024)
-    out, lse = on_cpu(*arguments, num_splits, sparse_mla_cuda.VARIANT)
+    out, lse = on_cpu(*arguments, num_splits)
     for seed in range(1, 4):  # of when each warp runs and each copy is done
-        again, lse_again = on_cpu(*arguments, num_splits, sparse_mla_cuda.VARIANT, seed)
+        again, lse_again = on_cpu(*arguments, num_splits, seed)
         assert torch.equal(again, out)
         assert torch.equal(lse_again, lse)
 
@@ -103,7 +101,7 @@ def test_results_do_not_depend_on_the_order_of_threads(on_cpu, num_splits):
 @pytest.mark.parametrize(("num_heads", "block_size"), [(1, 64), (8, 16), (17, 48), (32, 256)])
 def test_other_heads_and_pages_on_cpu(on_cpu, num_heads, block_size):
     arguments = problem(num_heads, [700, 64], 704, 1024, block_size)
-    got = on_cpu(*arguments, 2, sparse_mla_cuda.VARIANT)
+    got = on_cpu(*arguments, 2)
     assert_near(got, sparse_mla.reference(arguments[0].float(), *arguments[1:]))
 
 
@@ -112,7 +110,7 @@ def test_a_row_of_nan_makes_nan_on_cpu(on_cpu):
     cache, slots = arguments[1:3]
     slot = int(slots[0, 7])
     latent_fp8_views(cache).nope_scale[slot // 64, slot % 64, 2] = torch.nan
-    out, lse = on_cpu(*arguments, 1, 0)
+    out, lse = on_cpu(*arguments, 1)
     assert bool(lse.isnan().all())
     assert bool(out.isnan().all())
 
@@ -165,7 +163,7 @@ def test_nothing_is_run_on_tensors_without_memory():
     slots = torch.empty(3, 128, dtype=torch.int32, device="meta")
     out, lse = torch.empty_like(q[..., :512]), torch.empty(3, 16, device="meta")
     operator = torch.ops.vllm_dsv32.sparse_mla_fp8
-    assert operator(q, cache, slots, slots[:, 0], 1.0, 1, 0, out, lse) is None
+    assert operator(q, cache, slots, slots[:, 0], 1.0, 1, out, lse) is None
 
 
 @pytest.mark.parametrize(
@@ -195,9 +193,9 @@ def test_what_it_does_not_take(q, cache, message):
 
 
 def test_splits_fill_the_gpu():
-    concurrency = (132, 66, 32, 16, 7)
+    concurrency = (132, 66, 30, 15, 7)
     assert sparse_mla_cuda.split_count(1, 2048, concurrency) == 16
-    assert sparse_mla_cuda.split_count(16, 2048, concurrency) == 8
+    assert sparse_mla_cuda.split_count(16, 2048, concurrency) == 4
     assert sparse_mla_cuda.split_count(64, 2048, concurrency) == 2
     assert sparse_mla_cuda.split_count(128, 2048, concurrency) == 1
     assert sparse_mla_cuda.split_count(1, 64, concurrency) == 1
@@ -205,12 +203,10 @@ def test_splits_fill_the_gpu():
 
 
 @pytest.mark.parametrize("num_splits", [None, *sparse_mla_cuda.SPLITS])
-@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("num_heads", [1, 8, 16, 17, 32])
 @needs_library
 @needs_hopper
-def test_counts_around_tiles_and_splits(monkeypatch, num_heads, variant, num_splits):
-    monkeypatch.setattr(sparse_mla_cuda, "VARIANT", variant)
+def test_counts_around_tiles_and_splits(monkeypatch, num_heads, num_splits):
     if num_splits is not None:
         monkeypatch.setattr(sparse_mla_cuda, "split_count", lambda *_: num_splits)
     num_valid = [0, 1, 63, 64, 65, 127, 128, 129, 139, 1000, 2047, 2048, 2048]

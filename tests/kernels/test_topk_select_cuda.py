@@ -5,6 +5,7 @@ import math
 import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -12,12 +13,10 @@ import torch
 from kernels.emulated import emulated
 from kernels.inputs import cuda_copy
 from vllm_dsv32.kernels import cuda_library, topk_select, topk_select_cuda
-from vllm_dsv32.kernels.topk_select_cuda import CAPACITY, CLUSTER_SIZES, NUM_VARIANTS, Tiling, tiling
+from vllm_dsv32.kernels.topk_select_cuda import CAPACITY, CLUSTER_SIZES, cluster_size
 
 HAS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 needs_library = pytest.mark.skipif(cuda_library.refusal() is not None, reason=str(cuda_library.refusal()))
-SMALL = NUM_VARIANTS
-"""The emulator's variant of small blocks."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +29,15 @@ class Runner:
     num_sample_words: int
     tile: int
     width: int
-    tilings: tuple[Tiling, ...]
+    cluster_sizes: tuple[int, ...]
 
-    def __call__(self, logits, num_keys, k, tiling, request_ids=None, table=None, block_size=1 << 30, seed=0):
+    def __call__(self, logits, num_keys, k, size, request_ids=None, table=None, block_size=1 << 30, seed=0):
         """Slots are positions unless a table is given."""
         num_keys = torch.tensor(num_keys, dtype=torch.int32)
         if table is None:
             table, request_ids = torch.zeros(1, 1, dtype=torch.int32), torch.zeros_like(num_keys)
         out = torch.full((len(num_keys), k), 12345, dtype=torch.int32)
-        self.run(logits, num_keys, request_ids, table, block_size, out, tiling, seed)
+        self.run(logits, num_keys, request_ids, table, block_size, out, size, seed)
         return out
 
 
@@ -54,26 +53,25 @@ class Arguments(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def on_cpu(tmp_path_factory) -> Callable[..., None]:
+    """The kernel under the emulator, with small blocks unless told otherwise."""
     function = emulated("topk_select", tmp_path_factory.mktemp("cuda_on_cpu")).topk_select_on_cpu
     function.restype = ctypes.c_char_p
 
-    def run(logits, num_keys, request_ids, table, block_size, out, tiling, seed):
+    def run(logits, num_keys, request_ids, table, block_size, out, size, seed, small=True):
         pointers = (x.data_ptr() for x in (logits, num_keys, request_ids, table, out))
         sizes = (logits.stride(0), table.stride(0), *logits.shape, out.shape[1], block_size)
         arguments = Arguments(*pointers, *sizes)
-        assert function(ctypes.byref(arguments), tiling.cluster_size, tiling.variant, seed) is None
+        assert function(ctypes.byref(arguments), size, small, seed) is None
 
     return run
 
 
-def on_gpu(logits, num_keys, request_ids, table, block_size, out, tiling, seed) -> None:
+def on_gpu(logits, num_keys, request_ids, table, block_size, out, size, seed) -> None:
     moved = [cuda_copy(x) for x in (logits, num_keys, request_ids, table)]
     results = []
-    for repeat in range(5):
+    for _ in range(5):
         results.append(out.cuda())
-        dependent = repeat % 2 == 1
-        options = (block_size, tiling.cluster_size, tiling.variant, dependent)
-        torch.ops.vllm_dsv32.topk_select(*moved, *options, results[-1])
+        torch.ops.vllm_dsv32.topk_select(*moved, block_size, size, results[-1])
     assert all(torch.equal(result, results[0]) for result in results)
     out.copy_(results[0])
 
@@ -81,13 +79,11 @@ def on_gpu(logits, num_keys, request_ids, table, block_size, out, tiling, seed) 
 @pytest.fixture(params=["on_cpu", "on_gpu"])
 def runner(request) -> Runner:
     if request.param == "on_cpu":
-        tilings = tuple(Tiling(size, SMALL) for size in (1, 2, 16))
-        run = request.getfixturevalue("on_cpu")
-        return Runner(run, 64, capacity=512, num_sample_words=64, tile=1024, width=3000, tilings=tilings)
+        run, sizes = request.getfixturevalue("on_cpu"), (1, 2, 8)
+        return Runner(run, 64, capacity=512, num_sample_words=64, tile=1024, width=3000, cluster_sizes=sizes)
     if not HAS_HOPPER or cuda_library.refusal() is not None:
         pytest.skip("needs a GPU of SM 90, and the library")
-    tilings = tuple(Tiling(size, variant) for size in CLUSTER_SIZES for variant in range(NUM_VARIANTS))
-    return Runner(on_gpu, 2048, CAPACITY, num_sample_words=1024, tile=16384, width=163_840, tilings=tilings)
+    return Runner(on_gpu, 2048, CAPACITY, 1024, tile=16384, width=163_840, cluster_sizes=CLUSTER_SIZES)
 
 
 def wanted(logits, num_keys, k, request_ids=None, table=None, block_size=64) -> torch.Tensor:
@@ -148,8 +144,8 @@ def test_any_kind_of_row(runner, generator):
     logits = torch.stack(list(rows.values()))
     num_keys = [width] * len(rows)
     expected = wanted(logits, num_keys, runner.k)
-    for tiles in runner.tilings:
-        got = runner(logits, num_keys, runner.k, tiles)
+    for size in runner.cluster_sizes:
+        got = runner(logits, num_keys, runner.k, size)
         assert [name for name, right in zip(rows, (got == expected).all(1), strict=True) if not right] == []
 
 
@@ -158,7 +154,7 @@ def test_any_kind_of_row_that_one_block_holds(runner, generator):
     rows = kinds_of_rows(runner, width, generator)
     logits = torch.stack(list(rows.values()))
     num_keys = [width] * len(rows)
-    got = runner(logits, num_keys, runner.k, runner.tilings[0])
+    got = runner(logits, num_keys, runner.k, 1)
     expected = wanted(logits, num_keys, runner.k)
     assert [name for name, right in zip(rows, (got == expected).all(1), strict=True) if not right] == []
 
@@ -168,15 +164,15 @@ def test_any_kind_of_row_that_one_block_holds(runner, generator):
 def test_lengths(runner, generator, few, pitch):
     """Around k, what a block holds, shares and tiles; rows that are aligned or not; poison behind each."""
     k, capacity, tile = few or runner.k, runner.capacity, runner.tile
-    for tiles in runner.tilings:
+    for size in runner.cluster_sizes:
         sizes = {k, capacity // 2, capacity, tile, min(2 * tile, runner.width - 1)}
-        sizes |= {min(tile * tiles.cluster_size, runner.width - 1), tiles.cluster_size * (capacity // 8 + 4)}
+        sizes |= {min(tile * size, runner.width - 1), size * (capacity // 8 + 4)}
         num_keys = sorted({0, 1, 2, runner.width} | {n + d for n in sizes for d in (-1, 0, 1) if n + d >= 0})
         memory = torch.randn(len(num_keys), -(-runner.width // 4) * 4 + pitch, generator=generator)
         logits = memory[:, pitch : pitch + runner.width]
         for row, n in enumerate(num_keys):
             logits[row, n:] = (math.inf, math.nan)[row % 2]
-        got = runner(logits, num_keys, k, tiles)
+        got = runner(logits, num_keys, k, size)
         same = (got == wanted(logits, num_keys, k)).all(1)
         assert [n for n, right in zip(num_keys, same, strict=True) if not right] == []
 
@@ -197,28 +193,27 @@ def test_slots_of_several_requests(runner, generator, block_size):
         used[request, positions[row][positions[row] >= 0].long() // block_size] = True
     table[~used] = 2**31 - 1
     expected = wanted(logits, num_keys, k, request_ids, table, block_size)
-    for tiles in runner.tilings:
-        assert torch.equal(runner(logits, num_keys, k, tiles, request_ids, table, block_size), expected)
+    for size in runner.cluster_sizes:
+        assert torch.equal(runner(logits, num_keys, k, size, request_ids, table, block_size), expected)
 
 
 def test_results_do_not_depend_on_the_order_of_threads(runner, generator):
     logits = torch.randn(3, runner.width, generator=generator)
     logits[1] = (logits[1] * 2).round()
     num_keys = [runner.width, runner.width, runner.capacity]
-    for tiles in runner.tilings:
+    for size in runner.cluster_sizes:
         for seed in (1, 2, 3):
-            got = runner(logits, num_keys, runner.k, tiles, seed=seed)
+            got = runner(logits, num_keys, runner.k, size, seed=seed)
             assert torch.equal(got, wanted(logits, num_keys, runner.k))
 
 
-@pytest.mark.parametrize("variant", range(NUM_VARIANTS))
-def test_real_blocks_on_cpu(on_cpu, generator, variant):
+def test_real_blocks_on_cpu(on_cpu, generator):
     logits = torch.randn(3, 20_000, generator=generator)
     logits[1] = (logits[1] * 3).round()
     num_keys = [20_000, 19_999, 8192]
-    runner = Runner(on_cpu, 2048, CAPACITY, 1024, 16384, 20_000, ())
+    runner = Runner(partial(on_cpu, small=False), 2048, CAPACITY, 1024, 16384, 20_000, ())
     for size in (1, 2):
-        got = runner(logits, num_keys, 2048, Tiling(size, variant))
+        got = runner(logits, num_keys, 2048, size)
         assert torch.equal(got, wanted(logits, num_keys, 2048))
 
 
@@ -238,10 +233,10 @@ def test_nothing_behind_a_row_is_read(on_cpu, generator):
             row.copy_(torch.randn(n, generator=generator))
             logits = floats.as_strided((1, n + 100), (n + 100, 1), end - n)
             for size in (1, 4):
-                got = runner(logits, [n], 64, Tiling(size, SMALL))
+                got = runner(logits, [n], 64, size)
                 assert torch.equal(got, wanted(row.unsqueeze(0), [n], 64))
         unread = floats.as_strided((2, 64), (64, 1), end)
-        assert runner(unread, [64, 3], 64, Tiling(1, SMALL))[:, :4].tolist() == [[0, 1, 2, 3], [0, 1, 2, -1]]
+        assert runner(unread, [64, 3], 64, 1)[:, :4].tolist() == [[0, 1, 2, 3], [0, 1, 2, -1]]
     finally:
         assert protect(behind, ctypes.c_size_t(page), mmap.PROT_READ | mmap.PROT_WRITE) == 0
 
@@ -258,22 +253,32 @@ def test_a_larger_k_is_refused():
 def test_nothing_is_run_on_tensors_without_memory():
     logits = torch.empty(3, 100, device="meta")
     ints = torch.empty(3, 8, device="meta", dtype=torch.int32)
-    assert torch.ops.vllm_dsv32.topk_select(logits, ints[:, 0], ints[:, 0], ints, 64, 1, 0, False, ints) is None
+    assert torch.ops.vllm_dsv32.topk_select(logits, ints[:, 0], ints[:, 0], ints, 64, 1, ints) is None
 
 
-def test_clusters_fill_the_gpu():
-    lone = (132, 66, 32, 16, 7)
-    concurrency = (lone, lone, (264, 132, 64, 32, 14))
-    chosen = {(rows, n): tiling(rows, n, concurrency) for rows in (1, 16, 64, 128) for n in (4096, 131_072)}
-    assert all(tiles.cluster_size == 1 for (_, n), tiles in chosen.items() if n == 4096)
-    assert [chosen[rows, 131_072].cluster_size for rows in (1, 16, 64, 128)] == [16, 8, 2, 1]
-    assert tiling(1, 131_072, ((132, 0, 0, 0, 0),) * NUM_VARIANTS).cluster_size == 1
+@pytest.mark.parametrize(
+    ("length", "sizes"),
+    [
+        (16_384, (1, 1, 1, 1)),
+        (32_767, (1, 1, 1, 1)),
+        (32_768, (2, 2, 2, 1)),
+        (65_536, (4, 4, 2, 1)),
+        (131_072, (8, 4, 2, 1)),
+        (163_840, (8, 4, 2, 1)),
+        (1_000_000, (8, 4, 2, 1)),
+    ],
+)
+def test_clusters_that_all_run_at_once(length, sizes):
+    concurrency = (132, 66, 30, 15)
+    assert tuple(cluster_size(rows, length, concurrency) for rows in (1, 16, 64, 128)) == sizes
+    assert cluster_size(8192, length, concurrency) == 1
+    assert cluster_size(1, length, (132, 0, 0, 0)) == 1
 
 
 @pytest.mark.skipif(not HAS_HOPPER, reason="needs a GPU of SM 90")
 @needs_library
 @pytest.mark.parametrize("num_rows", [1, 4, 64, 300])
-def test_chosen_tilings(generator, num_rows):
+def test_chosen_cluster_sizes(generator, num_rows):
     logits = torch.randn(num_rows, 40_000, generator=generator)
     num_keys = torch.randint(0, 40_001, (num_rows,), generator=generator, dtype=torch.int32)
     out = torch.empty(num_rows, 2048, dtype=torch.int32, device="cuda")

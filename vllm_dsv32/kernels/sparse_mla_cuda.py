@@ -12,7 +12,7 @@ import torch
 from vllm_dsv32.kernels import cuda_library
 from vllm_dsv32.layout import KV_LORA_RANK, is_fp8_ds_mla
 
-__all__ = ["HEADS", "KEYS", "MAX_HEADS", "SPLITS", "VARIANT", "sparse_mla", "split_count"]
+__all__ = ["HEADS", "KEYS", "MAX_HEADS", "SPLITS", "sparse_mla", "split_count"]
 
 HEADS = 16
 """Of a block."""
@@ -22,8 +22,6 @@ MAX_HEADS = 32
 """Beyond, blocks that read the same rows take longer than one that holds more heads."""
 SPLITS = (1, 2, 4, 8, 16)
 """Blocks of a cluster; more than eight need the GPU's leave, which SM 90 gives."""
-VARIANT = 0
-"""How rows are copied and where queries are held, as in ``csrc/sparse_mla_sm90.cu``; results are the same."""
 
 _LOG2_E = 1.4426950408889634
 _START_COST = 128
@@ -60,7 +58,7 @@ def sparse_mla(
     if num_tokens == 0:
         return out, lse
     num_programs = num_tokens * -(-num_heads // HEADS)
-    num_splits = split_count(num_programs, topk_slot.shape[1], _concurrency(q.device, VARIANT))
+    num_splits = split_count(num_programs, topk_slot.shape[1], _concurrency(q.device))
     torch.ops.vllm_dsv32.sparse_mla_fp8(
         q.contiguous(),
         cache,
@@ -68,7 +66,6 @@ def sparse_mla(
         num_valid,
         scale * _LOG2_E,
         num_splits,
-        VARIANT,
         out,
         lse,
     )
@@ -101,7 +98,7 @@ def split_count(num_programs: int, num_keys: int, concurrency: tuple[int, ...]) 
 
 
 @cache
-def _concurrency(device: torch.device, variant: int) -> tuple[int, ...]:
+def _concurrency(device: torch.device) -> tuple[int, ...]:
     """Clusters of each of SPLITS that the GPU runs at once: the processors of a cluster lie together."""
     with torch.cuda.device(device):
-        return tuple(torch.ops.vllm_dsv32.sparse_mla_fp8_concurrency(splits, variant) for splits in SPLITS)
+        return tuple(torch.ops.vllm_dsv32.sparse_mla_fp8_concurrency(splits) for splits in SPLITS)

@@ -4,62 +4,37 @@ The blocks of a cluster divide a row, and one of them joins what they have found
 second launch, no memory between two, no counters. A row that one block holds is left to it.
 """
 
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 
 from vllm_dsv32.kernels import cuda_library
 
-__all__ = ["CAPACITY", "CLUSTER_SIZES", "MAX_TOPK", "NUM_VARIANTS", "Tiling", "tiling", "topk_select"]
+__all__ = ["CAPACITY", "CLUSTER_SIZES", "MAX_TOPK", "cluster_size", "topk_select"]
 
 MAX_TOPK = 2048
 CAPACITY = 8192
-"""Keys that a block holds: rows of no more need no cluster."""
-CLUSTER_SIZES = (1, 2, 4, 8, 16)
-"""Blocks of a cluster; more than eight need the GPU's leave, which SM 90 gives."""
-NUM_VARIANTS = 3
-"""Blocks of 1024 threads; of 512; and of 512 with half the registers, two to a multiprocessor."""
+"""Keys that a block holds; of longer rows it lists what may be selected first."""
+CLUSTER_SIZES = (1, 2, 4, 8)
+"""Blocks of a cluster."""
 
-_DEPENDENT = False
-"""Whether a launch may begin while the last kernel of the stream ends."""
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """What is chosen for a launch; no choice changes what is selected."""
-
-    cluster_size: int
-    variant: int
+_KEYS_OF_BLOCK = 16384
+"""The fewest that are worth a block of their own: dividing a row costs barriers among the blocks."""
 
 
 @cache
-def tiling(num_rows: int, length: int, concurrency: tuple[tuple[int, ...], ...]) -> Tiling:
-    """The one place to tune: so that the launch is over soonest, by what its parts should take.
+def cluster_size(num_rows: int, length: int, concurrency: tuple[int, ...]) -> int:
+    """Among how many blocks to divide a row; the one place to tune. No choice changes what is selected.
 
     Args:
-        num_rows: of the launch.
+        num_rows: clusters of the launch.
         length: of the longest row; the host knows no more.
-        concurrency: of each variant, the clusters of each of CLUSTER_SIZES that the GPU runs at once; zero where it
-            runs none.
+        concurrency: clusters of each of CLUSTER_SIZES that the GPU runs at once; zero where it runs none.
     """
-
-    def nanoseconds(cluster_size: int, variant: int, num_concurrent: int) -> float:
-        num_waves = -(-num_rows // num_concurrent)
-        start = (2700, 2500, 2800)[variant] + (400 + 100 * cluster_size.bit_length() if cluster_size > 1 else 0)
-        num_active = min(num_rows, num_concurrent) * cluster_size
-        # What a block reads when it is alone; and its part of what the memory delivers.
-        per_key = max((0.08, 0.1, 0.1)[variant], num_active / 1100)
-        return num_waves * (start + length / cluster_size * per_key)
-
-    candidates = [
-        (nanoseconds(cluster_size, variant, num_concurrent), variant, cluster_size)
-        for variant in range(NUM_VARIANTS)
-        for cluster_size, num_concurrent in zip(CLUSTER_SIZES, concurrency[variant], strict=True)
-        if num_concurrent and (cluster_size == 1 or length > CAPACITY)
-    ]
-    _, variant, cluster_size = min(candidates)
-    return Tiling(cluster_size, variant)
+    candidates = zip(CLUSTER_SIZES, concurrency, strict=True)
+    return max(
+        (size for size, count in candidates if size * _KEYS_OF_BLOCK <= length and num_rows <= count), default=1
+    )
 
 
 def topk_select(
@@ -95,25 +70,12 @@ def topk_select(
     cuda_library.require()
     if num_rows == 0 or k == 0:
         return
-    chosen = tiling(num_rows, length, _concurrency(logits.device))
-    torch.ops.vllm_dsv32.topk_select(
-        logits,
-        num_keys,
-        request_ids,
-        block_table,
-        block_size,
-        chosen.cluster_size,
-        chosen.variant,
-        _DEPENDENT,
-        topk_slot,
-    )
+    size = cluster_size(num_rows, length, _concurrency(logits.device))
+    torch.ops.vllm_dsv32.topk_select(logits, num_keys, request_ids, block_table, block_size, size, topk_slot)
 
 
 @cache
-def _concurrency(device: torch.device) -> tuple[tuple[int, ...], ...]:
-    """Of each variant, clusters of each of CLUSTER_SIZES that the GPU runs at once."""
+def _concurrency(device: torch.device) -> tuple[int, ...]:
+    """Clusters of each of CLUSTER_SIZES that the GPU runs at once: the processors of a cluster lie together."""
     with torch.cuda.device(device):
-        return tuple(
-            tuple(torch.ops.vllm_dsv32.topk_select_concurrency(size, variant) for size in CLUSTER_SIZES)
-            for variant in range(NUM_VARIANTS)
-        )
+        return tuple(torch.ops.vllm_dsv32.topk_select_concurrency(size) for size in CLUSTER_SIZES)

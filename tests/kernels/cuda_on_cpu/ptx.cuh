@@ -67,9 +67,6 @@ inline void mbarrier_arrive_expect(uint64_t* barrier, int nbytes) {
   as_mbarrier(barrier).nbytes += nbytes;
   as_mbarrier(barrier).arrive();
 }
-inline void mbarrier_arrive_after_copies(uint64_t* barrier) {
-  current->background.push_back([barrier] { as_mbarrier(barrier).arrive(); });
-}
 inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   emulator::wait_until([=] { return as_mbarrier(barrier).phase != parity; });
 }
@@ -77,11 +74,6 @@ inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
 inline void named_barrier(int id, int num_threads) { emulator::meet(current->block->barriers[id], num_threads); }
 inline void cluster_barrier() { emulator::meet(emulator::cluster, static_cast<int>(emulator::threads.size())); }
 inline void cluster_barrier_relaxed() { cluster_barrier(); }
-
-inline bool elect_lane() {
-  __syncwarp();
-  return current->index % 32 == 0;
-}
 
 inline void copy_bulk(void* shared, const void* global, int nbytes, uint64_t* barrier) {
   if (reinterpret_cast<uintptr_t>(global) % 16 || shared_address(shared) % 16 || nbytes % 16) {
@@ -93,14 +85,6 @@ inline void copy_bulk(void* shared, const void* global, int nbytes, uint64_t* ba
     as_mbarrier(barrier).nbytes -= nbytes;
     as_mbarrier(barrier).settle();
   });
-}
-inline void copy_16_bytes(uint32_t shared, const void* global) {
-  uint8_t* target = at(shared, 16);
-  if (reinterpret_cast<uintptr_t>(global) % 16) {
-    std::fprintf(stderr, "a copy of misaligned bytes\n");
-    std::abort();
-  }
-  current->background.push_back([=] { std::memcpy(target, global, 16); });
 }
 
 inline int32_t load_if(bool wanted, const int32_t* global) { return wanted ? *global : 0; }
@@ -161,6 +145,7 @@ inline float4 load_quad_in_cluster(uint32_t address) { return *reinterpret_cast<
 inline uint32_t load_word_in_cluster(uint32_t address) { return *reinterpret_cast<const uint32_t*>(at(address, 4)); }
 inline uint4 load_words_in_cluster(uint32_t address) { return *reinterpret_cast<const uint4*>(at(address, 16)); }
 
+inline void let_next_kernel_start() {}
 inline void wait_for_last_kernel() {}
 
 }  // namespace dsv32

@@ -1,8 +1,7 @@
 // The kernel as a function of a C library, on pointers of the CPU.
 #include "sparse_mla_sm90.cu"
 
-extern "C" const char* sparse_mla_on_cpu(const dsv32::SparseMlaArguments* arguments, int num_splits, int variant,
-                                         unsigned seed) {
+extern "C" const char* sparse_mla_on_cpu(const dsv32::SparseMlaArguments* arguments, int num_splits, unsigned seed) {
   emulator::random_numbers.seed(seed);
-  return dsv32::launch_sparse_mla(*arguments, num_splits, variant, nullptr);
+  return dsv32::launch_sparse_mla(*arguments, num_splits, nullptr);
 }
