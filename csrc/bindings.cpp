@@ -7,6 +7,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <initializer_list>
+#include <sstream>
+#include <string>
+#include <vector>
 
 #include "checks.h"
 #include "layout.h"
@@ -19,6 +22,25 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+std::string describe(ScalarType type, const std::vector<int64_t>& sizes) {
+  std::ostringstream text;
+  text << type << " [";
+  for (size_t dim = 0; dim < sizes.size(); ++dim) {
+    text << (dim > 0 ? ", " : "") << sizes[dim];
+  }
+  text << "]";
+  return text.str();
+}
+
+std::string describe(const Tensor& x) {
+  std::vector<int64_t> sizes;
+  for (int64_t dim = 0; dim < x.dim(); ++dim) {
+    sizes.push_back(x.size(dim));
+  }
+  return describe(x.scalar_type(), sizes) + (x.is_contiguous() ? "" : ", not contiguous") +
+         (x.is_cuda() ? "" : ", not on CUDA");
+}
+
 void require_tensor(const char* op, const Tensor& x, const char* name, ScalarType type,
                     std::initializer_list<int64_t> sizes) {
   bool fits = x.is_cuda() && x.scalar_type() == type && x.is_contiguous() && x.dim() == int64_t(sizes.size());
@@ -26,12 +48,15 @@ void require_tensor(const char* op, const Tensor& x, const char* name, ScalarTyp
   for (const int64_t size : sizes) {
     fits = fits && x.size(dim++) == size;
   }
-  require(fits, op, ": ", name, ": expected a contiguous CUDA tensor of another type or shape");
+  if (!fits) {
+    require(false, op, ": ", name, ": expected ", describe(type, sizes), ", got ", describe(x));
+  }
 }
 
 void require_rows(const char* op, const Tensor& x, const char* name, ScalarType type) {
-  require(x.is_cuda() && x.scalar_type() == type && x.dim() == 2 && (x.stride(1) == 1 || x.size(1) <= 1), op, ": ",
-          name, ": expected a CUDA tensor of dense rows, or of another type");
+  if (!(x.is_cuda() && x.scalar_type() == type && x.dim() == 2 && (x.stride(1) == 1 || x.size(1) <= 1))) {
+    require(false, op, ": ", name, ": expected ", type, " in two dimensions with dense rows, got ", describe(x));
+  }
 }
 
 bool is_power_of_two(int64_t x, int64_t largest) { return x >= 1 && x <= largest && (x & (x - 1)) == 0; }

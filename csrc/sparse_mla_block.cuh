@@ -19,6 +19,12 @@ constexpr int kNumThreads = 4 * kWarpgroup;
 constexpr int kKeysOfWarp = kTileKeys / kNumScoreWarps;
 constexpr int kDimsOfWarp = kKvLoraRank / kNumValueWarps;
 
+// Of a thread of each warpgroup. Scores, whose queries stay in registers, take what the others give.
+constexpr int kScoreRegisters = 224;
+constexpr int kValueRegisters = 120;
+constexpr int kCopyRegisters = 40;
+static_assert((kScoreRegisters + 2 * kValueRegisters + kCopyRegisters) * kWarpgroup <= 65536);
+
 constexpr int kLatentSteps = kKvLoraRank / 16;  // of products over 16 columns
 constexpr int kRopeSteps = kRopeDim / 16;
 constexpr int kSteps = kLatentSteps + kRopeSteps;
@@ -37,11 +43,6 @@ constexpr int kValueBarrier = 2;
 __host__ __device__ __forceinline__ int num_head_tiles(int num_heads) {
   return (num_heads + kTileHeads - 1) / kTileHeads;
 }
-
-// Of a thread. Scores, with the queries in registers, take what the others give; (S + 2 V + C) * 128 <= 65536.
-constexpr int kScoreRegisters = 224;
-constexpr int kValueRegisters = 120;
-constexpr int kCopyRegisters = 40;
 
 struct Shared {
   alignas(128) uint8_t rows[kStages][kTileKeys][kLatentFp8Nbytes];

@@ -21,6 +21,14 @@
 namespace dsv32 {
 namespace {
 
+// For the warps that have nothing to join: all threads of a cluster meet before and after.
+__device__ __forceinline__ void let_others_join(const Place& place) {
+  if (place.num_splits > 1) {
+    cluster_barrier();
+    cluster_barrier_relaxed();
+  }
+}
+
 __device__ __forceinline__ void sum_works(Shared& shared, const SparseMlaArguments& p, const Place& place, int warp,
                                           int lane) {
   ValueTurns turns;
@@ -53,10 +61,7 @@ __device__ __forceinline__ void score_works(Shared& shared, const SparseMlaArgum
   ScoreTurns turns;
   for (int index = place.first_work; index < place.num_works; index += place.stride) {
     score_tiles(turns, shared, p, Work(p, place, index), warp, lane);
-    if (place.num_splits > 1) {
-      cluster_barrier();
-      cluster_barrier_relaxed();
-    }
+    let_others_join(place);
   }
 }
 
@@ -65,10 +70,7 @@ __device__ __forceinline__ void copy_works(Shared& shared, const SparseMlaArgume
   Turn<kStages> turn;
   for (int index = place.first_work; index < place.num_works; index += place.stride) {
     copy_tiles(turn, shared, p, Work(p, place, index), warp, lane);
-    if (place.num_splits > 1) {
-      cluster_barrier();
-      cluster_barrier_relaxed();
-    }
+    let_others_join(place);
   }
 }
 

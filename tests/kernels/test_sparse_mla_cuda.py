@@ -147,7 +147,7 @@ def test_without_nvcc_the_build_says_so(monkeypatch, tmp_path):
 
 
 def test_a_library_that_is_not_there(tmp_path):
-    assert "which was not built; python csrc/build.py" in cuda_library.refusal(tmp_path / "none.so")
+    assert "which was not built; in a checkout, python csrc/build.py" in cuda_library.refusal(tmp_path / "none.so")
 
 
 def test_a_library_that_is_none(tmp_path):

@@ -256,6 +256,17 @@ def test_nothing_is_run_on_tensors_without_memory():
     assert torch.ops.vllm_dsv32.topk_select(logits, ints[:, 0], ints[:, 0], ints, 64, 1, ints) is None
 
 
+@pytest.mark.skipif(not HAS_HOPPER, reason="needs a GPU of SM 90")
+@needs_library
+def test_other_types_and_shapes_are_refused():
+    ints = torch.zeros(2, 3, device="cuda", dtype=torch.int32)
+    logits, row, out = torch.zeros(2, 9, device="cuda"), ints[:, 0].contiguous(), torch.empty_like(ints)
+    with pytest.raises(RuntimeError, match=r"logits: expected Float in two dimensions .*, got Half \[2, 9\]"):
+        topk_select_cuda.topk_select(logits.half(), row, row, ints, 64, out)
+    with pytest.raises(RuntimeError, match=r"num_keys: expected Int \[2\], got Int \[3\]"):
+        topk_select_cuda.topk_select(logits, ints[0], row, ints, 64, out)
+
+
 @pytest.mark.parametrize(
     ("length", "sizes"),
     [

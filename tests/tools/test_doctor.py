@@ -10,6 +10,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints, is_typeddic
 
 import pytest
 
+from vllm_dsv32.kernels import cuda_library
 from vllm_dsv32.kernels.dispatch import OPERATIONS
 from vllm_dsv32.plugin import REGISTRATIONS
 from vllm_dsv32.tools import doctor
@@ -119,6 +120,20 @@ def test_plugin_bypassed_by_rust_frontend_and_another_plugin(runs) -> None:
     assert "VLLM_USE_RUST_FRONTEND is set" in frontend
     assert "tool_parser deepseek_v32 belongs to other_plugin:OtherParser, of another plugin" in parser
     assert [item["owner"] for item in report["registrations"] if not item["ours"]] == ["other_plugin:OtherParser"]
+
+
+def test_kernels_that_were_not_built_are_named(monkeypatch, tmp_path) -> None:
+    """On the GPU that they are for; their place is taken."""
+    reason = cuda_library.refusal(tmp_path / cuda_library.LIBRARY_NAME)
+    monkeypatch.setattr(cuda_library, "refusal", lambda: reason)
+    here = doctor.PlatformReport(
+        name="CudaPlatform", device_type="cuda", device_name="NVIDIA H200", capability=(9, 0)
+    )
+    kernels = {(item["operation"], item["cache_format"]): item for item in doctor._kernels(here)}
+    for operation, instead in (("topk_select", "triton"), ("sparse_mla", "gluon")):
+        item = kernels[operation, "fp8_ds_mla"]
+        assert item["chosen"] == instead
+        assert "which was not built; in a checkout, python csrc/build.py" in item["implementations"]["cuda"]
 
 
 def test_text_shows_refusals_and_groups_equal_answers() -> None:

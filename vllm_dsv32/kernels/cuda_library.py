@@ -14,17 +14,18 @@ CAPABILITY = (9, 0)
 """What the kernels are compiled for; their code runs on nothing else."""
 LIBRARY_NAME = "libvllm_dsv32_sm90.so"
 _PATH = Path(__file__).resolve().parents[1] / LIBRARY_NAME
+_REMEDY = "in a checkout, python csrc/build.py builds it with nvcc"
 
 
 @cache
 def refusal(path: Path = _PATH) -> str | None:
     """Load the library, once; why it is not to be had, or None."""
     if not path.exists():
-        return f"needs {LIBRARY_NAME}, which was not built; python csrc/build.py builds it where nvcc is"
+        return f"needs {LIBRARY_NAME}, which was not built; {_REMEDY}"
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        return f"{path} cannot be loaded (torch {torch.__version__}): {error}; python csrc/build.py builds it anew"
+        return f"{path} cannot be loaded (torch {torch.__version__}): {error}; {_REMEDY}"
     for operator in ("sparse_mla_fp8", "topk_select"):
         torch.library.register_fake(f"vllm_dsv32::{operator}", _writes_its_arguments)
     return None
