@@ -249,6 +249,15 @@ def test_a_larger_k_is_refused():
         )
 
 
+def test_the_rows_of_a_prefill_are_tritons(monkeypatch, generator):
+    monkeypatch.setattr(cuda_library, "require", lambda: None)
+    monkeypatch.setattr(topk_select_cuda, "_concurrency", lambda device: (2, 1, 0, 0))
+    logits, ids = torch.randn(5, 100, generator=generator), torch.zeros(5, dtype=torch.int32)
+    out = torch.empty(5, 8, dtype=torch.int32)
+    topk_select_cuda.topk_select(logits, ids + 100, ids, ids[None, :2] + 7, 64, out)
+    assert torch.equal(out, wanted(logits, [100] * 5, 8) % 64 + 7 * 64)
+
+
 @needs_library
 def test_nothing_is_run_on_tensors_without_memory():
     logits = torch.empty(3, 100, device="meta")
@@ -288,7 +297,7 @@ def test_clusters_that_all_run_at_once(length, sizes):
 
 @pytest.mark.skipif(not HAS_HOPPER, reason="needs a GPU of SM 90")
 @needs_library
-@pytest.mark.parametrize("num_rows", [1, 4, 64, 300])
+@pytest.mark.parametrize("num_rows", [1, 4, 64, 200, 300])
 def test_chosen_cluster_sizes(generator, num_rows):
     logits = torch.randn(num_rows, 40_000, generator=generator)
     num_keys = torch.randint(0, 40_001, (num_rows,), generator=generator, dtype=torch.int32)

@@ -2,21 +2,26 @@
 
 The blocks of a cluster divide a row, and one of them joins what they have found, in each other's shared memory: no
 second launch, no memory between two, no counters. A row that one block holds is left to it.
+
+Blocks are as large as a multiprocessor, which suits the few rows of a decode step. The many rows of a prefill are
+Triton's, whose programs share one.
 """
 
 from functools import cache
 
 import torch
 
-from vllm_dsv32.kernels import cuda_library
+from vllm_dsv32.kernels import cuda_library, topk_select_triton
 
-__all__ = ["CAPACITY", "CLUSTER_SIZES", "MAX_TOPK", "cluster_size", "topk_select"]
+__all__ = ["CAPACITY", "CLUSTER_SIZES", "MAX_TOPK", "MAX_WAVES", "cluster_size", "topk_select"]
 
 MAX_TOPK = 2048
 CAPACITY = 8192
 """Keys that a block holds; of longer rows it lists what may be selected first."""
 CLUSTER_SIZES = (1, 2, 4, 8)
 """Blocks of a cluster."""
+MAX_WAVES = 2
+"""Rows for each multiprocessor; more are left to Triton."""
 
 _KEYS_OF_BLOCK = 16384
 """The fewest that are worth a block of their own: dividing a row costs barriers among the blocks."""
@@ -70,7 +75,11 @@ def topk_select(
     cuda_library.require()
     if num_rows == 0 or k == 0:
         return
-    size = cluster_size(num_rows, length, _concurrency(logits.device))
+    concurrency = _concurrency(logits.device)
+    if num_rows > MAX_WAVES * concurrency[0]:
+        topk_select_triton.topk_select(logits, num_keys, request_ids, block_table, block_size, topk_slot)
+        return
+    size = cluster_size(num_rows, length, concurrency)
     torch.ops.vllm_dsv32.topk_select(logits, num_keys, request_ids, block_table, block_size, size, topk_slot)
 
 
