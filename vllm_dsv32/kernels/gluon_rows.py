@@ -15,6 +15,7 @@ __all__ = [
     "BFLOAT16_ROW_CHUNKS",
     "LATENT",
     "ROPE",
+    "copy_async",
     "copy_rows",
     "copy_tile",
     "fill_queries",
@@ -30,7 +31,7 @@ ROPE = gl.constexpr(ROPE_DIM)
 BFLOAT16_ROW_CHUNKS = gl.constexpr((KV_LORA_RANK + ROPE_DIM) // 8)
 
 # From Triton 3.9 on, the function has another name.
-_copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 
 @gluon.jit
@@ -84,7 +85,7 @@ def copy_rows(tile: gl.shared_memory_descriptor, row_ptr: gl.tensor, chunk: gl.t
     """
     PER_CHUNK: gl.constexpr = 128 // row_ptr.dtype.element_ty.primitive_bitwidth
     column = gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, COPY))
-    _copy(tile, row_ptr + (chunk * PER_CHUNK)[:, None] + column[None, :])
+    copy_async(tile, row_ptr + (chunk * PER_CHUNK)[:, None] + column[None, :])
 
 
 @gluon.jit

@@ -20,7 +20,7 @@ from vllm_dsv32.kernels.triton_compilation import Compilation
 from vllm_dsv32.kernels.triton_dependent_launch import dependence, launch_options, wait_for_launches_before
 from vllm_dsv32.layout import INDEX_HEAD_DIM, index_key_views
 
-__all__ = ["Tiling", "compilations", "index_logits", "tiling"]
+__all__ = ["Tiling", "compilations", "index_logits", "new_logits", "tiling"]
 
 _NUM_HEADS = 64
 _MAX_COLUMNS = 256
@@ -181,13 +181,9 @@ def index_logits(
     num_keys: torch.Tensor,
     max_num_keys: int,
 ) -> torch.Tensor:
-    """See :func:`vllm_dsv32.kernels.index_logits.reference`; heads and dimensions are summed in another order.
-
-    Rows of the result begin at multiples of 64 bytes, so that the next kernel can read whole words.
-    """
+    """See :func:`vllm_dsv32.kernels.index_logits.reference`; heads and dimensions are summed in another order."""
     num_rows, num_heads, head_dim = q_fp8.shape
-    pitch = triton.cdiv(max_num_keys, 16) * 16
-    logits = torch.empty((num_rows, pitch), dtype=torch.float32, device=q_fp8.device)[:, :max_num_keys]
+    logits = new_logits(num_rows, max_num_keys, q_fp8.device)
     if logits.numel() == 0:
         return logits
     capability = triton_device.capability_of(q_fp8.device)
@@ -215,6 +211,12 @@ def index_logits(
         **launch_options(q_fp8.device),
     )
     return logits
+
+
+def new_logits(num_rows: int, max_num_keys: int, device: torch.device) -> torch.Tensor:
+    """Uninitialised logits, whose rows begin at multiples of 64 bytes: the next kernel can read whole words."""
+    pitch = triton.cdiv(max_num_keys, 16) * 16
+    return torch.empty((num_rows, pitch), dtype=torch.float32, device=device)[:, :max_num_keys]
 
 
 def _constexprs(num_heads: int, head_dim: int, block_size: int, tiles: Tiling) -> dict[str, object]:
