@@ -7,12 +7,13 @@ interpreter: without a GPU a small case of each stands for the grid.
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from kernels.inputs import PROBLEM, index_cache, latent_cache
-from vllm_dsv32.kernels import index_logits, index_logits_triton, sparse_mla, sparse_mla_triton, topk_select_triton
+from kernels.inputs import INTERPRETED, PROBLEM, index_cache, latent_cache
+from vllm_dsv32.kernels import index_logits, sparse_mla, topk_select_triton
 from vllm_dsv32.kernels.dispatch import explain
 from vllm_dsv32.layout import index_key_views, latent_fp8_views
 
@@ -21,18 +22,18 @@ DEVICE = "cuda" if GPU else "cpu"
 SCALE = 576**-0.5
 
 
+def served_with(operation: str, **known: Any) -> list[Callable]:
+    """The implementations that such a model can be served with, but for the reference."""
+    problem = PROBLEM
+    if GPU:
+        problem = replace(PROBLEM, capability=torch.cuda.get_device_capability(), **known)
+    rows = [row for row, refusal in explain(operation, problem) if refusal is None and row.graph_capturable]
+    return [row.load() for row in rows if not row.by_name_only and (GPU or row.name in INTERPRETED)]
+
+
 def sparse_mla_kernels(cache_format: str, num_heads: int) -> list[Callable]:
-    """The implementations that a model of so many heads can be served with, but for the reference."""
-    if not GPU:
-        return [sparse_mla_triton.sparse_mla]
-    problem = replace(
-        PROBLEM,
-        capability=torch.cuda.get_device_capability(),
-        cache_format="auto" if cache_format == "bfloat16" else cache_format,
-        num_heads=num_heads,
-    )
-    rows = [row for row, refusal in explain("sparse_mla", problem) if refusal is None and row.graph_capturable]
-    return [row.load() for row in rows if not row.by_name_only]
+    cache_format = "auto" if cache_format == "bfloat16" else cache_format
+    return served_with("sparse_mla", cache_format=cache_format, num_heads=num_heads)
 
 
 def grid(*names: str, full: list[tuple], small: list[tuple]):
@@ -160,13 +161,15 @@ def index_inputs(num_tokens: int, num_requests: int, num_heads: int, lengths: to
 
 def logits_close(arguments: tuple, num_keys: torch.Tensor) -> None:
     """DeepGEMM's measure of difference; twenty runs are equal to the bit."""
-    got = index_logits_triton.index_logits(*arguments)
-    visible = torch.arange(got.shape[1], device=DEVICE) < num_keys.unsqueeze(1)
+    visible = torch.arange(arguments[-1], device=DEVICE) < num_keys.unsqueeze(1)
     wanted = index_logits.reference(*arguments)[visible].double()
-    x = got[visible].double()
-    assert 1 - 2 * (x * wanted).sum() / (x.square() + wanted.square()).sum() < 5e-6
-    for _ in range(20 if GPU else 1):
-        assert torch.equal(index_logits_triton.index_logits(*arguments)[visible], got[visible])
+    for kernel in served_with("index_logits", num_index_heads=arguments[0].shape[1]):
+        got = kernel(*arguments)[visible]
+        x = got.double()
+        assert 1 - 2 * (x * wanted).sum() / (x.square() + wanted.square()).sum() < 5e-6
+        del x
+        for _ in range(20 if GPU else 1):
+            assert torch.equal(kernel(*arguments)[visible], got)
 
 
 @grid(

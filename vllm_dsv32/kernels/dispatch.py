@@ -135,6 +135,7 @@ def _triton_topk_refuses(problem: Problem) -> Refusal:
 
 
 _GLUON_CAPABILITY = (9, 0)
+_GLUON_INDEX_HEADS = 64
 _TRITON_FP8_HEADS = range(17, 33)
 """Too many for Gluon's narrow kernel, and too few for its wide one to be faster than Triton's."""
 
@@ -142,10 +143,22 @@ _TRITON_FP8_HEADS = range(17, 33)
 def _gluon_refuses(problem: Problem) -> Refusal:
     """Kernels that are written for one generation of tensor cores."""
     refusal = _triton_refuses(problem)
+    if refusal is None and problem.capability != _GLUON_CAPABILITY:
+        return f"takes compute capability {_dotted(_GLUON_CAPABILITY)}, got {_dotted(problem.capability)}"
+    return refusal
+
+
+def _gluon_index_logits_refuses(problem: Problem) -> Refusal:
+    refusal = _gluon_refuses(problem)
+    if refusal is None and problem.num_index_heads != _GLUON_INDEX_HEADS:
+        return f"takes {_GLUON_INDEX_HEADS} index heads, got {problem.num_index_heads}"
+    return refusal
+
+
+def _gluon_sparse_mla_refuses(problem: Problem) -> Refusal:
+    refusal = _gluon_refuses(problem)
     if refusal is not None:
         return refusal
-    if problem.capability != _GLUON_CAPABILITY:
-        return f"takes compute capability {_dotted(_GLUON_CAPABILITY)}, got {_dotted(problem.capability)}"
     if problem.dtype != torch.bfloat16:
         return f"takes models in bfloat16, got {problem.dtype}"
     if problem.cache_format == FP8_DS_MLA and problem.num_heads in _TRITON_FP8_HEADS:
@@ -198,6 +211,11 @@ def _cuda(operation: str, refuse: Callable[[Problem], Refusal]) -> Kernel:
 def _triton(operation: str, refuse: Callable[[Problem], Refusal] = _triton_refuses) -> Kernel:
     target = f"vllm_dsv32.kernels.{operation}_triton:{operation}"
     return Kernel(operation, "triton", target, refuse, graph_capturable=True)
+
+
+def _gluon(operation: str, refuse: Callable[[Problem], Refusal]) -> Kernel:
+    target = f"vllm_dsv32.kernels.{operation}_gluon:{operation}"
+    return Kernel(operation, "gluon", target, refuse, graph_capturable=True)
 
 
 def _reference(operation: str) -> Kernel:
@@ -257,17 +275,12 @@ def _vendor(operation: str, name: str, refuse: Callable[[Problem], Refusal]) -> 
 KERNELS: list[Kernel] = [
     _triton("token_keys"),
     _triton("keys_and_queries"),
+    _gluon("index_logits", _gluon_index_logits_refuses),
     _triton("index_logits"),
     _cuda("topk_select", _cuda_topk_refuses),
     _triton("topk_select", _triton_topk_refuses),
     _cuda("sparse_mla", _cuda_attention_refuses),
-    Kernel(
-        operation="sparse_mla",
-        name="gluon",
-        target="vllm_dsv32.kernels.sparse_mla_gluon:sparse_mla",
-        refuse=_gluon_refuses,
-        graph_capturable=True,
-    ),
+    _gluon("sparse_mla", _gluon_sparse_mla_refuses),
     _triton("sparse_mla"),
     Kernel(
         operation="mla_output",
