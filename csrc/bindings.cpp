@@ -143,12 +143,13 @@ void topk_select(Tensor logits, Tensor num_keys, Tensor request_ids, Tensor bloc
   require_cluster_size(cluster_size);
   require_rows(op, logits, "logits", ScalarType::Float);
   require_rows(op, block_table, "block_table", ScalarType::Int);
-  require(topk_slot.dim() == 2 && topk_slot.size(1) <= kMaxTopk, op, ": topk_slot: expected at most ", kMaxTopk,
-          " a row");
+  require_rows(op, topk_slot, "topk_slot", ScalarType::Int);
+  require(topk_slot.size(1) <= kMaxTopk, op, ": topk_slot: expected at most ", kMaxTopk, " a row, got ",
+          topk_slot.size(1));
   const int64_t num_rows = logits.size(0), length = logits.size(1), k = topk_slot.size(1);
   require_tensor(op, num_keys, "num_keys", ScalarType::Int, {num_rows});
   require_tensor(op, request_ids, "request_ids", ScalarType::Int, {num_rows});
-  require_tensor(op, topk_slot, "topk_slot", ScalarType::Int, {num_rows, k});
+  require(topk_slot.size(0) == num_rows, op, ": topk_slot: expected ", num_rows, " rows, got ", topk_slot.size(0));
   require(length < int64_t{1} << 30 && num_rows * cluster_size < int64_t{1} << 31, op, ": logits: too large");
   require(block_size >= 1 && block_size < int64_t{1} << 31, op, ": block_size: expected 1 or more, got ", block_size);
   if (num_rows == 0 || k == 0) {
@@ -163,6 +164,7 @@ void topk_select(Tensor logits, Tensor num_keys, Tensor request_ids, Tensor bloc
       .topk_slot = static_cast<int32_t*>(topk_slot.data_ptr()),
       .logits_stride = logits.stride(0),
       .block_table_stride = block_table.stride(0),
+      .topk_slot_stride = topk_slot.stride(0),
       .num_rows = static_cast<int>(num_rows),
       .length = static_cast<int>(length),
       .k = static_cast<int>(k),

@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const int num_keys = min(p.num_keys[row_index], p.length);
   const Pages pages = {p.block_table + p.request_ids[row_index] * p.block_table_stride, parameters.block_size};
   const Row<kAligned> row = {p.logits + row_index * p.logits_stride, num_keys};
-  int32_t* topk_slot = p.topk_slot + static_cast<int64_t>(row_index) * p.k;
+  int32_t* topk_slot = p.topk_slot + row_index * p.topk_slot_stride;
 
   if (num_keys <= p.k) {
     if (block.rank == 0) {

@@ -10,9 +10,10 @@ struct TopkSelectArguments {
   const int32_t* num_keys;     // [num_rows]
   const int32_t* request_ids;  // [num_rows]
   const int32_t* block_table;  // a request every block_table_stride
-  int32_t* topk_slot;          // [num_rows, k]
+  int32_t* topk_slot;          // [num_rows, k], a row every topk_slot_stride
   int64_t logits_stride;
   int64_t block_table_stride;
+  int64_t topk_slot_stride;
   int num_rows;
   int length;
   int k;

@@ -55,14 +55,14 @@ class Allocations(TorchDispatchMode):
         return result
 
 
-def test_without_a_batch_memory_is_taken_as_with_one():
+def test_while_vllm_measures_memory_is_taken_as_with_a_batch():
     """So that what vLLM finds to be left is left."""
     batches = []
     with engine(checkpoint("experts, YaRN"), enforce_eager=True) as llm:
         layers = attention_layers(llm)
         layers[0].register_forward_pre_hook(lambda _layer, arguments: batches.append(len(arguments[0])))
         with Allocations() as allocations:
-            llm.engine_core.engine_core.execute_dummy_batch()
+            llm.collective_rpc(lambda worker: worker.model_runner.profile_run())
     (num_tokens,) = batches
     taken = [num_tokens * layers[0].num_heads * (512 + 64 + 512), num_tokens * 512]
     pairs = list(itertools.pairwise(allocations.num_elements))

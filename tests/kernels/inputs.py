@@ -1,7 +1,8 @@
 """Inputs that the kernel tests share; each implementation of the dispatch table is tested the same way."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -95,6 +96,17 @@ def copy_back(moved: Any, arg: Any) -> None:
 def cuda_copy(x: torch.Tensor) -> torch.Tensor:
     memory = torch.empty(0, dtype=x.dtype, device="cuda").set_(x.untyped_storage().cuda())
     return memory.as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+@contextmanager
+def loading(dtype: torch.dtype) -> Iterator[None]:
+    """As while vLLM loads a model of this dtype: it is torch's default."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def cos_sin_cache(num_positions: int = 300, dim: int = 64, base: float = 10000.0) -> torch.Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels import naive
-from kernels.inputs import PROBLEM, index_cache
+from kernels.inputs import PROBLEM, index_cache, loading
 from vllm_dsv32.kernels import selection, warmup
 from vllm_dsv32.kernels.dispatch import select_kernels
 from vllm_dsv32.kernels.sparse_mla_join_triton import split_count
@@ -81,6 +81,7 @@ def test_warming_up_covers_decode_speculation_and_prefill(monkeypatch):
 
     def score(q_fp8, weights, cache, block_table, request_ids, num_keys, width):
         assert cache.shape[1] == 32
+        assert weights.dtype == torch.float32
         scored.append((len(block_table), len(q_fp8), width))
         return KERNELS.index_logits(q_fp8, weights, cache, block_table, request_ids, num_keys, width)
 
@@ -95,7 +96,8 @@ def test_warming_up_covers_decode_speculation_and_prefill(monkeypatch):
     for name in ("_select", "_attend"):
         run = getattr(warmup, name)
         monkeypatch.setattr(warmup, name, lambda kernels, _, *shape, run=run: run(kernels, ON_A_CPU, *shape))
-    warmup.warm_up.__wrapped__(replace(ON_A_CPU, device_type="cuda"), (), 32, 100, 40, 6)
+    with loading(torch.bfloat16):
+        warmup.warm_up.__wrapped__(replace(ON_A_CPU, device_type="cuda"), (), 32, 100, 40, 6)
     shapes = [(1, 1), (1, 1), (2, 2), (1, 2), (4, 4), (1, 4), (1, 8), (1, 16), (1, 32), (1, 40)]
     assert scored == [
         (num_requests, num_tokens, width) for num_requests, num_tokens in shapes for width in (48, 96, 100)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels.inputs import PROBLEM, latent_cache
-from vllm_dsv32.kernels import sparse_mla, sparse_mla_gluon, sparse_mla_launch
+from vllm_dsv32.kernels import cuda_library, sparse_mla, sparse_mla_gluon, sparse_mla_launch
 from vllm_dsv32.kernels.dispatch import explain, select_kernels
 from vllm_dsv32.layout import latent_fp8_views
 
@@ -119,7 +119,8 @@ def test_the_table_offers_what_the_kernels_take():
     ("num_heads", "name"),
     [(1, "gluon"), (16, "gluon"), (17, "triton"), (32, "triton"), (33, "gluon"), (128, "gluon")],
 )
-def test_which_kernel_reads_an_fp8_cache(num_heads, name):
+def test_which_kernel_reads_an_fp8_cache_where_none_was_built(num_heads, name, monkeypatch):
+    monkeypatch.setattr(cuda_library, "refusal", lambda: "was not built")
     kernels = select_kernels(replace(PROBLEM, num_heads=num_heads, cache_format="fp8_ds_mla"))
     assert kernels.names["sparse_mla"] == name
 

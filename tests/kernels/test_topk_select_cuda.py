@@ -12,7 +12,7 @@ import torch
 
 from kernels.emulated import emulated
 from kernels.inputs import cuda_copy
-from vllm_dsv32.kernels import cuda_library, topk_select, topk_select_cuda
+from vllm_dsv32.kernels import cuda_library, topk_select, topk_select_cuda, topk_select_triton
 from vllm_dsv32.kernels.topk_select_cuda import CAPACITY, CLUSTER_SIZES, cluster_size
 
 HAS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -46,7 +46,7 @@ class Arguments(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("logits", "num_keys", "request_ids", "block_table", "topk_slot")),
-        *((name, ctypes.c_int64) for name in ("logits_stride", "block_table_stride")),
+        *((name, ctypes.c_int64) for name in ("logits_stride", "block_table_stride", "topk_slot_stride")),
         *((name, ctypes.c_int) for name in ("num_rows", "length", "k", "block_size")),
     )
 
@@ -59,7 +59,7 @@ def on_cpu(tmp_path_factory) -> Callable[..., None]:
 
     def run(logits, num_keys, request_ids, table, block_size, out, size, seed, small=True):
         pointers = (x.data_ptr() for x in (logits, num_keys, request_ids, table, out))
-        sizes = (logits.stride(0), table.stride(0), *logits.shape, out.shape[1], block_size)
+        sizes = (logits.stride(0), table.stride(0), out.stride(0), *logits.shape, out.shape[1], block_size)
         arguments = Arguments(*pointers, *sizes)
         assert function(ctypes.byref(arguments), size, small, seed) is None
 
@@ -254,8 +254,11 @@ def test_the_rows_of_a_prefill_are_tritons(monkeypatch, generator):
     monkeypatch.setattr(topk_select_cuda, "_concurrency", lambda device: (2, 1, 0, 0))
     logits, ids = torch.randn(5, 100, generator=generator), torch.zeros(5, dtype=torch.int32)
     out = torch.empty(5, 8, dtype=torch.int32)
-    topk_select_cuda.topk_select(logits, ids + 100, ids, ids[None, :2] + 7, 64, out)
-    assert torch.equal(out, wanted(logits, [100] * 5, 8) % 64 + 7 * 64)
+    given = (logits, ids + 100, ids, ids[None, :2], 64, out)
+    taken = []
+    monkeypatch.setattr(topk_select_triton, "topk_select", lambda *arguments: taken.extend(arguments))
+    topk_select_cuda.topk_select(*given)
+    assert all(a is b for a, b in zip(taken, given, strict=True))
 
 
 @needs_library

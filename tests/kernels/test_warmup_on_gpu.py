@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 
-from kernels.inputs import PROBLEM
+from kernels.inputs import PROBLEM, loading
 from vllm_dsv32.kernels.dispatch import select_kernels
 from vllm_dsv32.kernels.warmup import _attend, _select, warm_up
 
@@ -39,7 +39,8 @@ def test_nothing_is_compiled_while_serving(monkeypatch, cache_format):
         num_index_heads=64,
         topk=2048,
     )
-    warm_up.__wrapped__(problem, (), BLOCK_SIZE, MAX_NUM_KEYS, MAX_NUM_TOKENS, MAX_NUM_REQUESTS)
+    with loading(torch.bfloat16):
+        warm_up.__wrapped__(problem, (), BLOCK_SIZE, MAX_NUM_KEYS, MAX_NUM_TOKENS, MAX_NUM_REQUESTS)
     compiled = []
     monkeypatch.setattr(
         triton.knobs.runtime, "jit_post_compile_hook", lambda **about: compiled.append(about["repr"])

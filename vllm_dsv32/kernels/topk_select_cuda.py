@@ -62,7 +62,7 @@ def topk_select(
         request_ids: int32 ``[T]``, rows of ``block_table``.
         block_table: int32 ``[R, max_blocks]``, rows dense; read for what is selected.
         block_size: tokens a block.
-        topk_slot: int32 ``[T, K]``, contiguous, overwritten.
+        topk_slot: int32 ``[T, K]``, rows dense, overwritten.
 
     Raises:
         ValueError: K is larger than 2048.

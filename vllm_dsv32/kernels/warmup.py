@@ -78,7 +78,8 @@ def _select(
         torch.zeros((num_tokens, problem.num_index_heads, problem.index_head_dim), device=device).to(
             torch.float8_e4m3fn
         ),
-        torch.zeros((num_tokens, problem.num_index_heads), device=device),
+        # vLLM loads models with their dtype as the default.
+        torch.zeros((num_tokens, problem.num_index_heads), dtype=torch.float32, device=device),
         torch.zeros((1, block_size, INDEX_KEY_NBYTES), dtype=torch.uint8, device=device),
         block_table,
         torch.zeros_like(per_token),
