@@ -110,7 +110,7 @@ def compare_on(gpu: str, folder: Path, options: argparse.Namespace) -> None:
             notes=[
                 f"![cost by context]({options.out.with_suffix('.png').name})",
                 "Prefill: between this length and the one before, by the fastest calls. "
-                "Decode: a step's median time over the sequences in it. "
+                "Decode: a step's time, by the fastest calls, over the sequences in it. "
                 "The range of each is in the JSON file's details.",
                 "No pass mark: the figure is for comparison.",
             ],

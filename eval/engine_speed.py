@@ -98,7 +98,7 @@ def compare(options: argparse.Namespace) -> int:
         figures=figures,
         notes=[
             f"The pass mark, a ratio of {PASS_MARK}, is a goal of this project, no published or measured figure.",
-            "Prefill: the fastest call. Decode: the median. The range of each is in the JSON file's details.",
+            "Prefill and decode are of the fastest calls. The range of each is in the JSON file's details.",
         ],
         tables={
             "Both sides": table,

@@ -5,9 +5,8 @@ A child process makes one ``TimedEngine``, in which each script times its own sh
 
 import argparse
 import json
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,9 +82,9 @@ class Timing:
     num_calls: int
 
     @classmethod
-    def of(cls, seconds: Sequence[float], choose: Callable[[Sequence[float]], float]) -> "Timing":
-        """``choose`` says which counts."""
-        return cls(choose(seconds), min(seconds), max(seconds), len(seconds))
+    def of(cls, counts: float, measured: Sequence[float]) -> "Timing":
+        """What counts, and the range of what was measured."""
+        return cls(counts, min(measured), max(measured), len(measured))
 
 
 def num_calls(num_tokens: int, repeats: int) -> int:
@@ -170,24 +169,23 @@ class TimedEngine:
         for _ in range(num_calls(num * length, self._repeats)):
             rows = self.fresh(num, length)
             times.append(self._seconds(rows, self._one))
-        return Timing.of(times, min), rows
+        return Timing.of(min(times), times), rows
 
     def time_decode(self, rows: Rows) -> Timing:
-        """Seconds of a step in which each prompt gets a token; the median counts.
+        """Seconds of a step in which each prompt gets a token; the fastest calls count.
 
         Prompts that the prefix cache holds are answered with many tokens, then with one: the difference is the time
-        of the steps.
+        of the steps. Of either kind the fastest call is taken, as in prefill: what else a host does adds time to
+        some calls, up to half of it was seen, and takes it from none.
 
         Raises:
             RuntimeError: the prefix cache does not hold the prompts.
         """
         self._run(rows, self._many)
         check_cached(self._run(rows, self._one), self._step_tokens)
-        steps = [
-            (self._seconds(rows, self._many) - self._seconds(rows, self._one)) / self._num_steps
-            for _ in range(self._repeats)
-        ]
-        return Timing.of(steps, statistics.median)
+        pairs = [(self._seconds(rows, self._many), self._seconds(rows, self._one)) for _ in range(self._repeats)]
+        fastest = min(many for many, _ in pairs) - min(one for _, one in pairs)
+        return Timing.of(fastest / self._num_steps, [(many - one) / self._num_steps for many, one in pairs])
 
     def _seconds(self, rows: Rows, params: Any) -> float:
         prompts = [{"prompt_token_ids": row} for row in rows]

@@ -6,8 +6,8 @@ from vllm_dsv32.kernels.dispatch import KernelSet
 
 __all__ = ["LOGITS_NBYTES", "select"]
 
-LOGITS_NBYTES = 256 << 20
-"""Bound on the index logits that are held at once; longer batches are scored in chunks of rows."""
+LOGITS_NBYTES = 512 << 20
+"""Bound on the index logits that are held at once, vLLM's own; longer batches are scored in chunks of rows."""
 
 
 def select(

@@ -3,8 +3,8 @@
 The blocks of a cluster divide a row, and one of them joins what they have found, in each other's shared memory: no
 second launch, no memory between two, no counters. A row that one block holds is left to it.
 
-Blocks are as large as a multiprocessor, which suits the few rows of a decode step. The many rows of a prefill are
-Triton's, whose programs share one.
+Blocks are as large as a multiprocessor, which suits the few rows of a decode step, and long rows. Many short rows,
+as in a prefill, are Triton's, whose programs share one.
 """
 
 from functools import cache
@@ -13,7 +13,7 @@ import torch
 
 from vllm_dsv32.kernels import cuda_library, topk_select_triton
 
-__all__ = ["CAPACITY", "CLUSTER_SIZES", "MAX_TOPK", "MAX_WAVES", "cluster_size", "topk_select"]
+__all__ = ["CAPACITY", "CLUSTER_SIZES", "LONG_ROW", "MAX_TOPK", "MAX_WAVES", "cluster_size", "topk_select"]
 
 MAX_TOPK = 2048
 CAPACITY = 8192
@@ -22,6 +22,8 @@ CLUSTER_SIZES = (1, 2, 4, 8)
 """Blocks of a cluster."""
 MAX_WAVES = 2
 """Rows for each multiprocessor; more are left to Triton."""
+LONG_ROW = 32768
+"""Keys; from so many on no number of rows is."""
 
 _KEYS_OF_BLOCK = 16384
 """The fewest that are worth a block of their own: dividing a row costs barriers among the blocks."""
@@ -76,7 +78,7 @@ def topk_select(
     if num_rows == 0 or k == 0:
         return
     concurrency = _concurrency(logits.device)
-    if num_rows > MAX_WAVES * concurrency[0]:
+    if num_rows > MAX_WAVES * concurrency[0] and length < LONG_ROW:
         topk_select_triton.topk_select(logits, num_keys, request_ids, block_table, block_size, topk_slot)
         return
     size = cluster_size(num_rows, length, concurrency)

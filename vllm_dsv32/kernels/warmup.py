@@ -41,8 +41,9 @@ def warm_up(
         return
     kernels = select_kernels(problem, dict(overrides))
     for num_requests, num_tokens in _batches(max_num_tokens, max_num_requests):
-        # Rows of logits that fit the registers are held there, in sizes of a power of two.
-        for width in sorted({min(max_num_keys, n * problem.topk) for n in (2, 4)} | {max_num_keys}):
+        # Logits that fit the registers are held there, in sizes of a power of two; of other rows the longest
+        # may have a kernel of their own.
+        for width in sorted({min(max_num_keys, n * problem.topk) for n in (2, 4, 8)} | {max_num_keys}):
             num_rows = min(num_tokens, LOGITS_NBYTES // (4 * width) or 1)
             _select(kernels, problem, block_size, num_requests, num_rows, width)
     # Into how many splits keys are divided depends on the GPU and goes up and down with the tokens: try all.
