@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -23,6 +22,7 @@ from vllm_dsv32.kernels.gluon_head_sum import head_sum
 from vllm_dsv32.kernels.gluon_rows import copy_async, wait_for_launches_before
 from vllm_dsv32.kernels.triton_compilation import Compilation
 from vllm_dsv32.kernels.triton_dependent_launch import dependence, launch_options
+from vllm_dsv32.kernels.triton_device import ceil_div
 from vllm_dsv32.layout import INDEX_HEAD_DIM, index_key_views
 
 __all__ = ["NUM_HEADS", "Tiling", "compilations", "index_logits", "tiling"]
@@ -66,14 +66,14 @@ def tiling(num_rows: int, num_requests: int, num_multiprocessors: int) -> Tiling
         return None
     tile_rows = 4 if rows_per_request == 4 or rows_per_request >= 8 else 2
     programs_per_sm = 2 if tile_rows == 4 else 3
-    num_row_tiles = triton.cdiv(num_rows, tile_rows)
+    num_row_tiles = ceil_div(num_rows, tile_rows)
     two_waves = 2 * programs_per_sm * num_multiprocessors
     if (num_requests == 1 or rows_per_request == tile_rows) and 4 * num_row_tiles <= two_waves:
         # All tiles have a single request: of programs that are alike, whole waves. One wave is hardly faster where
         # requests are equally long, and much slower where they are not.
         num_splits = two_waves // num_row_tiles
     else:
-        num_splits = triton.cdiv(1024, num_row_tiles)
+        num_splits = ceil_div(1024, num_row_tiles)
     return Tiling(tile_rows, num_splits, max_registers=168 if tile_rows == 2 else None)
 
 
@@ -316,9 +316,9 @@ def index_logits(
     logits = index_logits_triton.new_logits(num_rows, max_num_keys, q_fp8.device)
     if logits.numel() == 0:
         return logits
-    num_splits = min(triton.cdiv(max_num_keys, _NUM_KEYS * _TILES_PER_STEP), tiles.num_splits)
+    num_splits = min(ceil_div(max_num_keys, _NUM_KEYS * _TILES_PER_STEP), tiles.num_splits)
     views = index_key_views(cache)
-    index_logits_kernel[(triton.cdiv(num_rows, tiles.num_rows), num_splits)](
+    index_logits_kernel[(ceil_div(num_rows, tiles.num_rows), num_splits)](
         q_fp8.view(torch.uint8),
         weights,
         views.key_fp8,

@@ -18,6 +18,7 @@ import triton.language as tl
 from vllm_dsv32.kernels import triton_device
 from vllm_dsv32.kernels.triton_compilation import Compilation
 from vllm_dsv32.kernels.triton_dependent_launch import dependence, launch_options, wait_for_launches_before
+from vllm_dsv32.kernels.triton_device import ceil_div
 from vllm_dsv32.layout import INDEX_HEAD_DIM, index_key_views
 
 __all__ = ["Tiling", "compilations", "index_logits", "new_logits", "tiling"]
@@ -188,8 +189,8 @@ def index_logits(
         return logits
     capability = triton_device.capability_of(q_fp8.device)
     tiles = tiling(capability, num_heads, num_rows / block_table.shape[0])
-    num_row_tiles = triton.cdiv(num_rows, tiles.num_rows)
-    num_splits = min(triton.cdiv(max_num_keys, tiles.num_keys), triton.cdiv(tiles.num_programs, num_row_tiles))
+    num_row_tiles = ceil_div(num_rows, tiles.num_rows)
+    num_splits = min(ceil_div(max_num_keys, tiles.num_keys), ceil_div(tiles.num_programs, num_row_tiles))
     views = index_key_views(cache)
     _index_logits_kernel[(num_row_tiles, num_splits)](
         q_fp8.view(torch.uint8),
@@ -215,7 +216,7 @@ def index_logits(
 
 def new_logits(num_rows: int, max_num_keys: int, device: torch.device) -> torch.Tensor:
     """Uninitialised logits, whose rows begin at multiples of 64 bytes: the next kernel can read whole words."""
-    pitch = triton.cdiv(max_num_keys, 16) * 16
+    pitch = ceil_div(max_num_keys, 16) * 16
     return torch.empty((num_rows, pitch), dtype=torch.float32, device=device)[:, :max_num_keys]
 
 

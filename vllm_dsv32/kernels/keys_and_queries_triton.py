@@ -22,6 +22,7 @@ from vllm_dsv32.kernels.mla_query_triton import rotate_mla_queries
 from vllm_dsv32.kernels.rope import RopeLayout
 from vllm_dsv32.kernels.triton_compilation import Compilation
 from vllm_dsv32.kernels.triton_dependent_launch import dependence, launch_options, wait_for_launches_before
+from vllm_dsv32.kernels.triton_device import ceil_div
 from vllm_dsv32.layout import KV_LORA_RANK, ROPE_DIM, is_fp8_ds_mla
 
 __all__ = ["compilations", "keys_and_queries"]
@@ -182,10 +183,10 @@ def keys_and_queries(
     torch.bmm(q[..., :nope_dim].transpose(0, 1), w_uk_t, out=mla_q[..., :KV_LORA_RANK].transpose(0, 1))
     *ends, num_programs = itertools.accumulate(
         (
-            triton.cdiv(num_tokens, _TILES["LATENT_TOKENS"]),
-            triton.cdiv(num_tokens, _TILES["INDEX_TOKENS"]),
-            triton.cdiv(num_tokens * num_index_heads, _TILES["INDEX_ROWS"]),
-            triton.cdiv(num_tokens * num_heads, _TILES["MLA_ROWS"]),
+            ceil_div(num_tokens, _TILES["LATENT_TOKENS"]),
+            ceil_div(num_tokens, _TILES["INDEX_TOKENS"]),
+            ceil_div(num_tokens * num_index_heads, _TILES["INDEX_ROWS"]),
+            ceil_div(num_tokens * num_heads, _TILES["MLA_ROWS"]),
         )
     )
     _keys_and_queries_kernel[(num_programs,)](

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from vllm_dsv32.kernels.triton_compilation import Compilation
 from vllm_dsv32.kernels.triton_dependent_launch import dependence, launch_options, wait_for_launches_before
+from vllm_dsv32.kernels.triton_device import ceil_div
 from vllm_dsv32.layout import KV_LORA_RANK
 
 __all__ = ["LN_2", "compilations", "join_splits", "keys_of_split", "split_count"]
@@ -40,12 +41,12 @@ def split_count(num_programs: int, num_keys: int, num_concurrent: int, tile_size
         num_concurrent: programs that the GPU runs at once.
         tile_size: keys that a program takes at once.
     """
-    most = min(_MAX_SPLITS, triton.cdiv(num_keys, tile_size))
+    most = min(_MAX_SPLITS, ceil_div(num_keys, tile_size))
     candidates = [1, *(n for n in range(2, most + 1) if n * num_programs <= 2 * num_concurrent)]
 
     def cost(num_splits: int) -> int:
-        num_waves = triton.cdiv(num_programs * num_splits, num_concurrent)
-        num_tiles = triton.cdiv(triton.cdiv(num_keys, num_splits), tile_size)
+        num_waves = ceil_div(num_programs * num_splits, num_concurrent)
+        num_tiles = ceil_div(ceil_div(num_keys, num_splits), tile_size)
         return num_waves * (num_tiles * tile_size + _START_COST) + (_JOIN_COST if num_splits > 1 else 0)
 
     return min(candidates, key=cost)

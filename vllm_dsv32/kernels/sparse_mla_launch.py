@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 
 from vllm_dsv32.kernels import triton_device
 from vllm_dsv32.kernels.sparse_mla_join_triton import join_splits, split_count
 from vllm_dsv32.kernels.triton_dependent_launch import launch_options
+from vllm_dsv32.kernels.triton_device import ceil_div
 from vllm_dsv32.layout import KV_LORA_RANK, is_fp8_ds_mla, latent_fp8_views
 
 __all__ = ["Launch", "launch", "row_views"]
@@ -69,7 +69,7 @@ def launch(
         raise ValueError(
             f"latent cache: expected pages at multiples of {_CHUNK_NBYTES} bytes, got one every {page_nbytes}"
         )
-    num_programs = num_tokens * triton.cdiv(num_heads, how.num_heads)
+    num_programs = num_tokens * ceil_div(num_heads, how.num_heads)
     num_concurrent = triton_device.num_multiprocessors(q.device) * how.programs_per_sm
     num_splits = split_count(num_programs, topk_slot.shape[1], num_concurrent, how.num_keys)
     if num_splits > 1:

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from vllm_dsv32.kernels.triton_compilation import Compilation
 from vllm_dsv32.kernels.triton_dependent_launch import dependence, launch_options, wait_for_launches_before
+from vllm_dsv32.kernels.triton_device import ceil_div
 
 __all__ = ["compilations", "token_keys"]
 
@@ -67,7 +68,7 @@ def token_keys(
     num_tokens = request_ids.shape[0]
     if num_tokens == 0:
         return
-    _token_keys_kernel[(triton.cdiv(num_tokens, _TOKENS),)](
+    _token_keys_kernel[(ceil_div(num_tokens, _TOKENS),)](
         query_start_loc,
         seq_lens,
         request_ids,
