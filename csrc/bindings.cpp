@@ -6,7 +6,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <initializer_list>
+#include <iterator>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -77,8 +79,8 @@ void* current_stream(int device_index) {
 }
 
 void require_splits(int64_t num_splits) {
-  require(is_power_of_two(num_splits, kMaxSplits), "sparse_mla_fp8: num_splits: expected a power of two up to ",
-          kMaxSplits, ", got ", num_splits);
+  require(std::ranges::find(kSplitCounts, num_splits) != std::end(kSplitCounts),
+          "sparse_mla_fp8: num_splits: expected 1 to 6, 8 or 16, got ", num_splits);
 }
 
 void sparse_mla_fp8(Tensor q, Tensor cache, Tensor topk_slot, Tensor num_valid, double scale_log2,

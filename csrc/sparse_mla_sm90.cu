@@ -44,12 +44,14 @@ __device__ __forceinline__ void sum_works(Shared& shared, const SparseMlaArgumen
     named_barrier(kValueBarrier, kNumValueWarps * 32);
     keep_sums(sums, shared, warp, lane);
     cluster_barrier();
-    const int thread = warp * 32 + lane;
     switch (place.num_splits) {
-      case 2: join_sums<2>(shared, p, work, place.rank, thread); break;
-      case 4: join_sums<4>(shared, p, work, place.rank, thread); break;
-      case 8: join_sums<8>(shared, p, work, place.rank, thread); break;
-      case 16: join_sums<16>(shared, p, work, place.rank, thread); break;
+      case 2: join_sums<2>(shared, p, work, place.rank, warp, lane); break;
+      case 3: join_sums<3>(shared, p, work, place.rank, warp, lane); break;
+      case 4: join_sums<4>(shared, p, work, place.rank, warp, lane); break;
+      case 5: join_sums<5>(shared, p, work, place.rank, warp, lane); break;
+      case 6: join_sums<6>(shared, p, work, place.rank, warp, lane); break;
+      case 8: join_sums<8>(shared, p, work, place.rank, warp, lane); break;
+      case 16: join_sums<16>(shared, p, work, place.rank, warp, lane); break;
     }
     // A block stays until all have read its shared memory; what they read, they have used.
     cluster_barrier_relaxed();

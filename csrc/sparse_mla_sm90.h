@@ -20,10 +20,10 @@ struct SparseMlaArguments {
   int block_size;
 };
 
-constexpr int kMaxSplits = 16;
+// Among how many blocks of a cluster the keys of a token can be split.
+constexpr int kSplitCounts[] = {1, 2, 3, 4, 5, 6, 8, 16};
 
-// Keys of a token are split among the blocks of a cluster: 1, 2, 4, 8 or 16. The clusters that the current device runs
-// at once are counted. Both functions return null, or what went wrong.
+// Clusters that the current device runs at once are counted. Both functions return null, or what went wrong.
 const char* launch_sparse_mla(const SparseMlaArguments& arguments, int num_splits, void* stream);
 const char* count_sparse_mla_clusters(int num_splits, int* count);
 

@@ -140,16 +140,17 @@ __device__ __forceinline__ void keep_sums(const Sums& sums, Shared& shared, int 
   }
 }
 
-// Each block joins a share of the columns, from the shared memory of all blocks of its cluster.
+// Each warp joins a part of a row at a time, from the shared memory of all blocks of its cluster. Parts go round the
+// blocks, then round their warps, so that any number of blocks shares them evenly.
 template <int kSplits>
 __device__ __forceinline__ void join_sums(Shared& shared, const SparseMlaArguments& p, const Work& work, int rank,
-                                          int thread) {
-  constexpr int kQuads = kKvLoraRank / 4 / kSplits;  // of a row
+                                          int warp, int lane) {
+  constexpr int kParts = kKvLoraRank / (32 * 4);  // of a row; four columns a lane
   const uint32_t softmax_address = shared_address(shared.softmax);
   const uint32_t sums_address = shared_address(split_sums(shared));
-  for (int item = thread; item < work.num_heads * kQuads; item += kNumValueWarps * 32) {
-    const int head = item / kQuads;
-    const int dim = (rank * kQuads + item % kQuads) * 4;
+  for (int part = warp * kSplits + rank; part < work.num_heads * kParts; part += kNumValueWarps * kSplits) {
+    const int head = part / kParts;
+    const int dim = (part % kParts * 32 + lane) * 4;
     float2 softmax[kSplits];
     float4 sums[kSplits];
     float highest = -INFINITY;

@@ -88,7 +88,7 @@ def test_counts_around_tiles_and_splits_on_cpu(on_cpu, num_splits):
     assert bool((lse[0] == -torch.inf).all())
 
 
-@pytest.mark.parametrize("num_splits", [1, 4])
+@pytest.mark.parametrize("num_splits", [1, 4, 5])
 def test_results_do_not_depend_on_the_order_of_threads(on_cpu, num_splits):
     arguments = problem(16, [0, 1, 63, 512, 0, 700, 1000, 65], 1024, 1024)
     out, lse = on_cpu(*arguments, num_splits)
@@ -98,10 +98,12 @@ def test_results_do_not_depend_on_the_order_of_threads(on_cpu, num_splits):
         assert torch.equal(lse_again, lse)
 
 
-@pytest.mark.parametrize(("num_heads", "block_size"), [(1, 64), (8, 16), (17, 48), (32, 256)])
-def test_other_heads_and_pages_on_cpu(on_cpu, num_heads, block_size):
+@pytest.mark.parametrize(
+    ("num_heads", "block_size", "num_splits"), [(1, 64, 2), (1, 64, 6), (8, 16, 5), (17, 48, 3), (32, 256, 2)]
+)
+def test_other_heads_and_pages_on_cpu(on_cpu, num_heads, block_size, num_splits):
     arguments = problem(num_heads, [700, 64], 704, 1024, block_size)
-    got = on_cpu(*arguments, 2)
+    got = on_cpu(*arguments, num_splits)
     assert_near(got, sparse_mla.reference(arguments[0].float(), *arguments[1:]))
 
 
@@ -193,13 +195,26 @@ def test_what_it_does_not_take(q, cache, message):
 
 
 def test_splits_fill_the_gpu():
-    concurrency = (132, 66, 30, 15, 7)
-    assert sparse_mla_cuda.split_count(1, 2048, concurrency) == 16
-    assert sparse_mla_cuda.split_count(16, 2048, concurrency) == 4
-    assert sparse_mla_cuda.split_count(64, 2048, concurrency) == 2
-    assert sparse_mla_cuda.split_count(128, 2048, concurrency) == 1
+    concurrency = (132, 66, 42, 30, 24, 18, 15, 7)
+    chosen = {1: 16, 7: 16, 8: 8, 16: 6, 18: 6, 24: 5, 30: 4, 32: 3, 42: 3, 43: 2, 64: 2, 84: 3, 128: 1, 256: 1}
+    got = {programs: sparse_mla_cuda.split_count(programs, 2048, concurrency) for programs in chosen}
+    assert got == chosen
     assert sparse_mla_cuda.split_count(1, 64, concurrency) == 1
-    assert sparse_mla_cuda.split_count(1, 2048, (132, 0, 0, 0, 0)) == 1
+    assert sparse_mla_cuda.split_count(1, 320, concurrency) == 5
+    assert sparse_mla_cuda.split_count(1, 2048, (132, *(0 for _ in concurrency[1:]))) == 1
+
+
+@needs_library
+def test_the_library_takes_these_splits_and_no_others():
+    taken = []
+    for num_splits in range(-1, 34):
+        try:
+            torch.ops.vllm_dsv32.sparse_mla_fp8_concurrency(num_splits)
+        except RuntimeError as error:  # of another kind where there is no GPU
+            if f"num_splits: expected 1 to 6, 8 or 16, got {num_splits}" in str(error):
+                continue
+        taken.append(num_splits)
+    assert tuple(taken) == sparse_mla_cuda.SPLITS
 
 
 @pytest.mark.parametrize("num_splits", [None, *sparse_mla_cuda.SPLITS])
