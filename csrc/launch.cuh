@@ -65,7 +65,13 @@ const char* count_concurrent_clusters(Kernel kernel, const ClusterShape& shape, 
   }
   ClusterLaunch launch(shape, shape.num_blocks, nullptr);
   launch.config.numAttrs = 1;  // the cluster's alone
-  return describe(cudaOccupancyMaxActiveClusters(count, kernel, &launch.config));
+  const cudaError_t error = cudaOccupancyMaxActiveClusters(count, kernel, &launch.config);
+  if (error == cudaErrorInvalidClusterSize) {  // none, then
+    cudaGetLastError();
+    *count = 0;
+    return nullptr;
+  }
+  return describe(error);
 }
 
 }  // namespace dsv32
