@@ -3,6 +3,7 @@
 import ctypes
 import importlib.util
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -136,7 +137,7 @@ def test_the_library_builds_and_loads(tmp_path):
         f"assert c.refusal(pathlib.Path({str(library)!r})) is None; "
         f"import torch; print(torch.ops.vllm_dsv32.sparse_mla_fp8.default._schema)"
     )
-    result = subprocess.run(["python", "-c", check], capture_output=True, text=True, cwd=ROOT)
+    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.startswith("vllm_dsv32::sparse_mla_fp8(Tensor q, Tensor cache")
 
