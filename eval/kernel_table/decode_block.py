@@ -108,6 +108,7 @@ def ours(
     q_c = torch.empty_like(x.q_c)
     index_k, head_weights = x.index_k.float(), x.head_weights.float()
     key_norm = x.norm[:INDEX_DIM].float()
+    key_bias = torch.zeros_like(key_norm)
     num_selected = x.index.num_keys.clamp(max=TOPK)
 
     def call() -> torch.Tensor:
@@ -117,7 +118,7 @@ def ours(
             x.cos_sin,
             RopeLayout.NEOX,
             Latents(x.kv_c, x.k_pe, x.norm[:KV_LORA_RANK], EPS, x.slots, cache),
-            IndexKeys(index_k, key_norm, torch.zeros_like(key_norm), EPS, x.slots, index_cache),
+            IndexKeys(index_k, key_norm, key_bias, EPS, x.slots, index_cache),
             IndexQueries(x.index_q, head_weights),
             MlaQueries(x.q, x.w_uk_t),
         )
