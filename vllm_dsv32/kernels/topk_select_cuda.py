@@ -52,19 +52,9 @@ def topk_select(
     block_size: int,
     topk_slot: torch.Tensor,
 ) -> None:
-    """Write the slots of the K highest of the first ``num_keys`` logits of each row.
+    """See :func:`vllm_dsv32.kernels.topk_select.reference`; the same result to the bit.
 
-    Exact. Ties: of equal logits the lower position wins. A NaN counts as -inf; -inf itself is a value like any
-    other. Order: ascending positions, then -1. So the result is a function of the inputs, to the bit.
-
-    Args:
-        logits: float32 ``[T, L]``, rows dense; what lies at or past ``num_keys`` is not read, and of a row that
-            sees no more than K all is selected, unread. Rows are read fastest from multiples of 16 bytes on.
-        num_keys: int32 ``[T]``.
-        request_ids: int32 ``[T]``, rows of ``block_table``.
-        block_table: int32 ``[R, max_blocks]``, rows dense; read for what is selected.
-        block_size: tokens a block.
-        topk_slot: int32 ``[T, K]``, rows dense, overwritten.
+    Logits are read fastest where their rows begin at multiples of 16 bytes.
 
     Raises:
         ValueError: K is larger than 2048.
