@@ -3,9 +3,10 @@
     python eval/context_cost.py --out FILE.json [--model DIR] [--cache fp8]    (and FILE.png, FILE.md, and logs)
     python eval/context_cost.py --redraw FILE.json                             (the figure alone)
 
-Both sides run vLLM's LLM class, in turn on one GPU, by default on a model of the published widths with four layers,
-16 heads, 32 experts and dummy weights; --model takes any folder with a config.json. Of so few layers much is
-launches and host time, so how the curves rise and how they differ says more than their height.
+Both sides run vLLM's LLM class on one GPU; they start together, and are timed in turn. The model has the published
+widths, four layers, 16 heads, 32 experts and dummy weights, unless --model names a folder with another config.json.
+Of so few layers much is launches and host time, so how the curves rise and how they differ says more than their
+height.
 
 Prefill: what a prompt takes more than one of the length before, over the tokens that it has more. Short prompts are
 given several at once, so that steps are full. Decode: the time of a step of --batch sequences whose prompts are in
@@ -97,8 +98,8 @@ def compare_on(gpu: str, folder: Path, options: argparse.Namespace) -> None:
     system = local_system(REDUCED if options.model is None else model.name, engine_flags(options))
     raw: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
-    for side in options.sides:
-        raw[side] = run_side(side, gpu, model, folder, options)
+    for side, out, child in start_sides(gpu, model, folder, options):
+        raw[side] = run_side(side, out, child, len(options.contexts))
         rows += rows_of(side, options.contexts, raw[side], options.batch)
         # After each side: if the second one fails, the first is kept.
         write_results(
@@ -125,15 +126,24 @@ def _can_draw() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def run_side(side: str, gpu: str, model: Path, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def start_sides(gpu: str, model: Path, folder: Path, options: argparse.Namespace) -> list[tuple[str, Path, Child]]:
+    """Each side with the file it will write and its child, which is ready: no start falls into another's times."""
+    sides = []
+    for side in options.sides:
+        out, log = folder / f"{side}.json", options.out.with_suffix(f".{side}.log")
+        command = [__file__, "--child", "--model", str(model), "--out", str(out)]
+        child = Child.start(side, side, gpu, [*command, *as_flags(options, _SETTINGS)], log, options.timeout)
+        print(f"{side}: starting; log in {log}", flush=True)
+        sides.append((side, out, child))
+    for _, _, child in sides:
+        child.wait_until_ready()
+    return sides
+
+
+def run_side(side: str, out: Path, child: Child, num_contexts: int) -> dict[str, Any]:
     """What a child measured."""
-    out, log = folder / f"{side}.json", options.out.with_suffix(f".{side}.log")
-    command = [__file__, "--child", "--model", str(model), "--out", str(out)]
-    child = Child.start(side, side, gpu, [*command, *as_flags(options, _SETTINGS)], log, options.timeout)
-    print(f"{side}: starting; log in {log}", flush=True)
-    child.wait_until_ready()
     child.go()
-    with tqdm(total=2 * len(options.contexts), desc=side, unit="point") as bar:
+    with tqdm(total=2 * num_contexts, desc=side, unit="point") as bar:
         child.wait(lambda line: bar.update(line.startswith(_POINT)))
     return json.loads(out.read_text())
 

@@ -4,11 +4,15 @@ import math
 
 import torch
 
-__all__ = ["DIFFERENCE_LIMIT", "num_wrong_rows", "relative_difference"]
+__all__ = ["DIFFERENCE_LIMIT", "SELECTION_LIMIT", "num_wrong_rows", "relative_difference", "share_of_others"]
 
 DIFFERENCE_LIMIT = 0.02
 """Of attention and of logits, relative to the largest value: rounding to bfloat16 and fp8 products summed in
 fewer bits than float32 has stay well below it, a wrong key or scale does not."""
+
+SELECTION_LIMIT = 0.02
+"""Of what two sides select by scores of their own: queries that are rounded in another order swap keys
+whose scores lie next to each other, of which random scores have many."""
 
 
 def relative_difference(got: torch.Tensor, wanted: torch.Tensor, where: torch.Tensor | None = None) -> float:
@@ -18,6 +22,13 @@ def relative_difference(got: torch.Tensor, wanted: torch.Tensor, where: torch.Te
         got, wanted = got.masked_fill(~where, 0.0), wanted.masked_fill(~where, 0.0)
     value = float((got - wanted).abs().max() / wanted.abs().max())
     return value if math.isfinite(value) else math.inf
+
+
+def share_of_others(selected: torch.Tensor, wanted: torch.Tensor) -> float:
+    """How much of ``selected`` is not among ``wanted``; rows of different numbers, as many in both."""
+    ordered = wanted.sort(1).values
+    place = torch.searchsorted(ordered, selected.contiguous()).clamp(max=ordered.shape[1] - 1)
+    return float((ordered.gather(1, place) != selected).float().mean())
 
 
 def num_wrong_rows(logits: torch.Tensor, num_keys: torch.Tensor, topk_pos: torch.Tensor) -> int:

@@ -8,6 +8,7 @@ cache, and with FlashMLA over an fp8 one: the same kernels in the same order, on
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -30,13 +31,29 @@ from vllm_dsv32.kernels.rope import RopeLayout
 from vllm_dsv32.kernels.selection import select
 from vllm_dsv32.layout import KV_LORA_RANK, ROPE_DIM
 
-__all__ = ["BlockProblem", "in_tree", "ours"]
+__all__ = ["Attended", "BlockProblem", "in_tree", "ours"]
 
 NOPE_DIM = 128
 Q_LORA_RANK = 1536
 EPS = 1e-6
-Block = Callable[[], torch.Tensor]
-"""Gives ``[T, N, 512]``."""
+
+
+class Attended(NamedTuple):
+    """What a block gives."""
+
+    out: torch.Tensor
+    """``[T, N, 512]``."""
+    slots: torch.Tensor
+    """int32 ``[T, 2048]``: of what was attended to."""
+
+
+class OurBlock(Protocol):
+    """Ours attends to what it selects, or to the slots that it is given."""
+
+    def __call__(self, slots: torch.Tensor | None = None) -> Attended: ...
+
+
+Block = Callable[[], Attended]
 
 
 @dataclass(frozen=True)
@@ -100,7 +117,7 @@ class BlockProblem:
 
 def ours(
     kernels: KernelSet, x: BlockProblem, cache: torch.Tensor, index_cache: torch.Tensor, scale: float
-) -> Block:
+) -> OurBlock:
     """As :class:`vllm_dsv32.attention.sparse_attention.SparseAttention` does it, after vLLM's norm of ``q_c``."""
     from vllm import _custom_ops
 
@@ -111,7 +128,7 @@ def ours(
     key_bias = torch.zeros_like(key_norm)
     num_selected = x.index.num_keys.clamp(max=TOPK)
 
-    def call() -> torch.Tensor:
+    def call(slots: torch.Tensor | None = None) -> Attended:
         _custom_ops.rms_norm(q_c, x.q_c, x.norm, EPS)
         mla_q, q_fp8, weights = kernels.keys_and_queries(
             x.positions,
@@ -122,21 +139,23 @@ def ours(
             IndexQueries(x.index_q, head_weights),
             MlaQueries(x.q, x.w_uk_t),
         )
-        select(
-            kernels,
-            q_fp8,
-            weights,
-            index_cache,
-            x.index.block_table,
-            x.index.request_ids,
-            x.index.num_keys,
-            x.index.num_keys,
-            x.index.max_num_keys,
-            x.index.block_table,
-            BLOCK_SIZE,
-            topk_slot,
-        )
-        return kernels.sparse_mla(mla_q, cache, topk_slot, num_selected, scale)[0]
+        if slots is None:
+            slots = topk_slot
+            select(
+                kernels,
+                q_fp8,
+                weights,
+                index_cache,
+                x.index.block_table,
+                x.index.request_ids,
+                x.index.num_keys,
+                x.index.num_keys,
+                x.index.max_num_keys,
+                x.index.block_table,
+                BLOCK_SIZE,
+                topk_slot,
+            )
+        return Attended(kernels.sparse_mla(mla_q, cache, slots, num_selected, scale)[0], slots)
 
     return call
 
@@ -159,7 +178,7 @@ def in_tree(
     q_nope, q_pe = x.q.split([NOPE_DIM, ROPE_DIM], dim=-1)
     outputs = torch.empty_like(x.kv_c), torch.empty_like(x.k_pe)
 
-    def call() -> torch.Tensor:
+    def call() -> Attended:
         fused_norm_rope(
             x.positions,
             x.q_c,
@@ -200,7 +219,8 @@ def in_tree(
             quantize_mqa=False,
         )
         topk(score(q_fp8, weights), x.index.num_keys, topk_pos)
-        return attend(latent_q, q_rotated, peers.slots_of(topk_pos, x.index.request_ids, x.index.block_table))
+        slots = peers.slots_of(topk_pos, x.index.request_ids, x.index.block_table)
+        return Attended(attend(latent_q, q_rotated, slots), slots)
 
     score = peers.deep_gemm_paged_of(x.index, index_cache)
     attend = _flash_mla(num_heads, cache, scale) if fp8 else _flash_attn3(x, cache, scale)

@@ -9,7 +9,13 @@ from triton.errors import TritonError
 
 from kernel_table import decode_block as decode_block_of
 from kernel_table import peers
-from kernel_table.agreement import DIFFERENCE_LIMIT, num_wrong_rows, relative_difference
+from kernel_table.agreement import (
+    DIFFERENCE_LIMIT,
+    SELECTION_LIMIT,
+    num_wrong_rows,
+    relative_difference,
+    share_of_others,
+)
 from kernel_table.decode_block import BlockProblem
 from kernel_table.problems import (
     BLOCK_SIZE,
@@ -399,9 +405,9 @@ def decode_block(num_heads: int, batch: int, length: int) -> Row:
     for cache_format, peer in (("auto", peers.FLASH_ATTN3), (FP8_DS_MLA, peers.FLASH_MLA)):
         cache, kind = caches[cache_format], "bf16" if cache_format == "auto" else "fp8"
         kernels = our_kernels(cache_format, num_heads)
-        name = f"{kernels.names['sparse_mla']} {kind}"
-        ours[name] = [decode_block_of.ours(kernels, x, cache, index_cache, SCALE) for x in inputs]
-        result = ours[name][0]()
+        blocks = [decode_block_of.ours(kernels, x, cache, index_cache, SCALE) for x in inputs]
+        ours[f"{kernels.names['sparse_mla']} {kind}"] = blocks
+        selected = blocks[0]().slots
         reason = refusal or refusals.get(peer)
         if reason is not None:
             row.skipped[f"{peer} {kind}"] = reason
@@ -410,8 +416,11 @@ def decode_block(num_heads: int, batch: int, length: int) -> Row:
             name = f"{peer} {kind}, {op_name}"
             try:
                 calls = [decode_block_of.in_tree(x, cache, index_cache, cache_format, op, SCALE) for x in inputs]
-                # A key more or less of those that are nearly tied is a two-thousandth of what is attended to.
-                _judge(row, f"vs {name}", relative_difference(result, calls[0]()) / 2)
+                theirs = calls[0]()
+                # Random values cancel, so a few other keys change much: attention is compared over the same ones.
+                difference = relative_difference(blocks[0](theirs.slots).out, theirs.out)
+                _judge(row, f"selection vs {name}", share_of_others(selected, theirs.slots), SELECTION_LIMIT)
+                _judge(row, f"attention vs {name}", difference)
             except FAILURES as error:
                 row.skipped[name] = _one_line(error)
                 continue
@@ -427,10 +436,10 @@ def _decode_topk_ops(batch: int) -> dict[str, TopkOp]:
 # All.
 
 
-def _judge(row: Row, name: str, difference: float) -> None:
+def _judge(row: Row, name: str, difference: float, limit: float = DIFFERENCE_LIMIT) -> None:
     row.differences[name] = difference
-    if difference > DIFFERENCE_LIMIT:
-        row.wrong.append(f"{name}: relative difference {difference:.3g}, at most {DIFFERENCE_LIMIT} is right")
+    if difference > limit:
+        row.wrong.append(f"{name}: difference {difference:.3g}, at most {limit} is right")
 
 
 def _time(row: Row, ours: Contestants, others: Contestants) -> None:

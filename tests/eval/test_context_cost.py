@@ -71,6 +71,7 @@ def test_both_sides_are_drawn(tmp_path):
 
 def test_without_matplotlib_the_results_are_written_and_the_figure_can_follow(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(context_cost, "find_spec", lambda name: None)
+    monkeypatch.setattr(context_cost, "start_sides", lambda *_: [(PLUGIN, None, None), (IN_TREE, None, None)])
     monkeypatch.setattr(context_cost, "run_side", lambda *_: raw([0.001, 0.003], [0.008, 0.016]))
     out = tmp_path / "cost.json"
     main(["--out", str(out), "--new-tokens", "16", "--contexts", "128", "256"])

@@ -234,7 +234,7 @@ def test_sides_that_differ_have_no_ratio(with_peers, monkeypatch, name, function
     monkeypatch.setattr(peers, function, peer)
     row = ROWS[name]()
     assert len(row.wrong) == 1
-    assert "relative difference" in row.wrong[0]
+    assert "at most 0.02 is right" in row.wrong[0]
     assert row.ratio is None
 
 
@@ -265,26 +265,41 @@ def test_selection_alone(with_peers, monkeypatch):
     assert row.skipped == {"cooperative_topk": "2 of 2 rows are not the highest 2048"}
 
 
-def block_peer(factor):
-    """vLLM's side by our references, with FlashMLA's over the cache that it was given."""
+def block_peer(factor=1.0, num_others=0):
+    """vLLM's side by our references; of each row so many keys are others than those that we select."""
 
     def in_tree(x, cache, index_cache, cache_format, topk, scale):
         assert (cache.dtype == torch.uint8) == (cache_format == "fp8_ds_mla")
-        kernels = measurements.our_kernels(cache_format)
-        call = decode_block.ours(kernels, x, cache, index_cache, scale)
-        return lambda: factor * call()
+        ours = decode_block.ours(measurements.our_kernels(cache_format), x, cache, index_cache, scale)
+
+        def call():
+            slots = ours().slots.clone()
+            unused = [i for i in range(slots.max() + 2) if i not in slots]
+            slots[:, :num_others] = torch.tensor(unused[:1]).expand(num_others)
+            return decode_block.Attended(factor * ours(slots).out, slots)
+
+        return call
 
     return in_tree
 
 
-@pytest.mark.parametrize(("factor", "ratio"), [(1.0, 1.5), (1.1, None)])
-def test_a_decode_steps_attention_as_a_whole(with_peers, monkeypatch, factor, ratio):
-    monkeypatch.setattr(decode_block, "in_tree", block_peer(factor))
+@pytest.mark.parametrize(
+    ("peer", "wrong"),
+    [
+        (block_peer(), None),
+        (block_peer(num_others=30), None),  # of 2,048
+        (block_peer(num_others=200), "selection vs"),
+        (block_peer(factor=1.1), "attention vs"),
+        (block_peer(factor=1.1, num_others=30), "attention vs"),
+    ],
+)
+def test_a_decode_steps_attention_as_a_whole(with_peers, monkeypatch, peer, wrong):
+    monkeypatch.setattr(decode_block, "in_tree", peer)
     row = measurements.decode_block(4, 2, 2050)
-    assert row.ratio == ratio
     assert list(row.ours) == ["reference bf16", "reference fp8"]
     assert list(row.peers) == ["FA3 bf16, op", "FlashMLA fp8, op"]
-    assert len(row.wrong) == (0 if ratio else 2)
+    assert row.ratio == (None if wrong else 1.5)
+    assert [reason.startswith(wrong) for reason in row.wrong] == ([True, True] if wrong else [])
 
 
 def test_without_peers_the_block_is_ours_alone(small):
