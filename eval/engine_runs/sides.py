@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,7 +77,16 @@ class Child:
     """Its lines; None for the end."""
 
     @classmethod
-    def start(cls, name: str, side: str, gpu: str, arguments: Sequence[str], log: Path, timeout: float) -> "Child":
+    def start(
+        cls,
+        name: str,
+        side: str,
+        gpu: str,
+        arguments: Sequence[str],
+        log: Path,
+        timeout: float,
+        variables: Mapping[str, str] | None = None,
+    ) -> "Child":
         """Start a script of this folder's parent.
 
         Args:
@@ -87,8 +96,9 @@ class Child:
             arguments: of the script, its path first.
             log: where its output goes, vLLM's included; its folder is made.
             timeout: seconds for its start, and again for its run.
+            variables: of its environment, whatever the parent's has.
         """
-        environment = os.environ | _ENVIRONMENT[side]
+        environment = os.environ | (variables or {}) | _ENVIRONMENT[side]
         # In one process, which has the model then; stdout is for what the script itself says.
         environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
         log.parent.mkdir(parents=True, exist_ok=True)
