@@ -64,7 +64,7 @@ class Batch:
 @pytest.mark.parametrize("cache_format", CACHE_FORMATS)
 @pytest.mark.parametrize(
     ("num_tokens", "num_heads", "num_index_heads"),
-    [(1, 16, 64), (1, 1, 32), (2, 128, 128), (4, 3, 64), (5, 16, 32), (9, 7, 5)],
+    [(1, 16, 64), (1, 1, 32), (2, 128, 128), (4, 3, 64), (5, 16, 32), (9, 7, 5), (20, 3, 5), (64, 1, 3)],
 )
 @implementations("keys_and_queries")
 def test_every_part_is_the_references(kernel, num_tokens, num_heads, num_index_heads, cache_format, layout):

@@ -120,6 +120,59 @@ def test_mla_query_is_the_references(kernel, generator, tokens, heads, dtype):
     assert torch.equal(got, kernel(mla_queries, positions, cos_sin_cache()))
 
 
+# Around the tokens that a program absorbs, and from which on it is another's work; heads of a rank and of a model.
+ABSORBED = [
+    (1, 16),
+    (2, 1),
+    (2, 128),
+    (15, 1),
+    (16, 8),
+    (17, 1),
+    (31, 3),
+    (32, 17),
+    (33, 17),
+    (63, 1),
+    (64, 16),
+    (65, 1),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "heads"), ABSORBED)
+@implementations_of_part(MlaQueries)
+def test_absorbed_queries_are_rounded_once(kernel, generator, tokens, heads, dtype):
+    q = torch.randn(tokens, heads, 192, generator=generator).to(dtype)
+    w_uk_t = (torch.randn(heads, 128, 512, generator=generator) * 128**-0.5).to(dtype)
+    exact = torch.einsum("tnd,ndc->tnc", q[..., :128].double(), w_uk_t.double())
+    got = kernel(MlaQueries(q, w_uk_t), torch.zeros(tokens, dtype=torch.int64), cos_sin_cache())
+    close(got[..., :512], exact, rtol=max(torch.finfo(dtype).eps / 2, 1e-6), atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [3, 20])
+@implementations_of_part(MlaQueries)
+def test_weights_are_absorbed_where_they_lie(kernel, generator, tokens):
+    """As a part of the layer's weight, which holds values' weights too, and with its columns far apart."""
+    q = torch.randn(tokens, 2, 192, generator=generator).bfloat16()
+    per_head = (torch.randn(2, 128 + 64, 512, generator=generator) * 128**-0.5).bfloat16()
+    positions, table = torch.arange(tokens), cos_sin_cache()
+    w_uk_t = per_head[:, :128]
+    dense = kernel(MlaQueries(q, w_uk_t.contiguous()), positions, table)
+    assert torch.equal(kernel(MlaQueries(q, w_uk_t), positions, table), dense)
+    apart = w_uk_t.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(kernel(MlaQueries(q, apart), positions, table), dense)
+
+
+@pytest.mark.parametrize("tokens", [3, 33])
+@implementations_of_part(MlaQueries)
+def test_a_query_that_is_nan_spoils_no_others(kernel, generator, tokens):
+    q = torch.randn(tokens, 3, 192, generator=generator).bfloat16()
+    q[1, 2, 7] = torch.nan
+    w_uk_t = torch.ones(3, 128, 512).bfloat16()
+    mla_q = kernel(MlaQueries(q, w_uk_t), torch.arange(tokens), cos_sin_cache())
+    assert mla_q[1, 2, :512].isnan().all()
+    assert mla_q.isnan().sum() == 512
+
+
 @implementations("mla_output")
 def test_mla_output_into_part_of_a_tensor(kernel, generator):
     """Rows behind it are padding, columns beside it another's."""

@@ -7,6 +7,7 @@ from kernels import naive
 from kernels.inputs import PROBLEM, index_cache, loading
 from vllm_dsv32.kernels import selection, warmup
 from vllm_dsv32.kernels.dispatch import select_kernels
+from vllm_dsv32.kernels.rope import RopeLayout
 from vllm_dsv32.kernels.sparse_mla_join_triton import split_count
 from vllm_dsv32.layout import index_key_views
 
@@ -77,7 +78,14 @@ def test_slots_are_of_the_latent_cache(generator):
 
 def test_warming_up_covers_decode_speculation_and_prefill(monkeypatch):
     """With the references; no GPU is needed to see which batches are run, and that the inputs fit the contracts."""
-    scored, attended = [], []
+    prepared, scored, attended = [], [], []
+
+    def prepare(positions, table, layout, latents, index_keys, *queries):
+        assert layout is RopeLayout.INTERLEAVED
+        assert latents.cache.shape[1] == index_keys.cache.shape[1] == 32
+        assert queries[1].w_uk_t.shape == (4, 96, 512)
+        prepared.append(len(positions))
+        return KERNELS.keys_and_queries(positions, table, layout, latents, index_keys, *queries)
 
     def score(q_fp8, weights, cache, block_table, request_ids, num_keys, width):
         assert cache.shape[1] == 32
@@ -91,13 +99,18 @@ def test_warming_up_covers_decode_speculation_and_prefill(monkeypatch):
         return KERNELS.sparse_mla(q, cache, *rest)
 
     monkeypatch.setattr(
-        warmup, "select_kernels", lambda *_: replace(KERNELS, index_logits=score, sparse_mla=attend)
+        warmup,
+        "select_kernels",
+        lambda *_: replace(KERNELS, keys_and_queries=prepare, index_logits=score, sparse_mla=attend),
     )
-    for name in ("_select", "_attend"):
+    for name in ("_prepare", "_select", "_attend"):
         run = getattr(warmup, name)
         monkeypatch.setattr(warmup, name, lambda kernels, _, *shape, run=run: run(kernels, ON_A_CPU, *shape))
     with loading(torch.bfloat16):
-        warmup.warm_up.__wrapped__(replace(ON_A_CPU, device_type="cuda"), (), 32, 100, 40, 6)
+        warmup.warm_up.__wrapped__(
+            replace(ON_A_CPU, device_type="cuda"), (), 32, 100, 40, 6, 96, RopeLayout.INTERLEAVED
+        )
+    assert prepared == [1, 2, 4, 8, 16, 32, 40]
     shapes = [(1, 1), (1, 1), (2, 2), (1, 2), (4, 4), (1, 4), (1, 8), (1, 16), (1, 32), (1, 40)]
     assert scored == [
         (num_requests, num_tokens, width) for num_requests, num_tokens in shapes for width in (48, 96, 100)
@@ -115,4 +128,4 @@ def test_beyond_what_is_warmed_up_keys_are_never_split(num_multiprocessors, num_
 
 def test_off_cuda_nothing_is_warmed_up(monkeypatch):
     monkeypatch.setattr(warmup, "select_kernels", None)
-    warmup.warm_up.__wrapped__(ON_A_CPU, (), 64, 100, 40, 6)
+    warmup.warm_up.__wrapped__(ON_A_CPU, (), 64, 100, 40, 6, 128, RopeLayout.NEOX)

@@ -7,8 +7,14 @@ import torch
 import triton
 
 from kernels.inputs import PROBLEM, loading
-from vllm_dsv32.kernels.dispatch import select_kernels
+from vllm_dsv32.kernels.dispatch import KernelSet, Problem, select_kernels
+from vllm_dsv32.kernels.index_insert import IndexKeys
+from vllm_dsv32.kernels.index_query import IndexQueries
+from vllm_dsv32.kernels.latent_insert import Latents
+from vllm_dsv32.kernels.mla_query import MlaQueries
+from vllm_dsv32.kernels.rope import RopeLayout
 from vllm_dsv32.kernels.warmup import _attend, _select, warm_up
+from vllm_dsv32.layout import FP8_DS_MLA, INDEX_KEY_NBYTES, LATENT_FP8_NBYTES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -29,6 +35,36 @@ STEPS = {
 }
 
 
+def prepare(kernels: KernelSet, problem: Problem, num_tokens: int) -> None:
+    """As layers of the model call the operation: on parts of what their fused projections give."""
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device="cuda")
+
+    _, kv_c, k_pe = zeros(num_tokens, 1536 + 512 + 64).split([1536, 512, 64], dim=-1)
+    index_k, head_weights = zeros(num_tokens, 128 + 64, dtype=torch.float32).split([128, 64], dim=-1)
+    slots = torch.arange(num_tokens, device="cuda")
+    num_blocks = num_tokens // BLOCK_SIZE + 1
+    fp8 = problem.cache_format == FP8_DS_MLA
+    row, dtype = (LATENT_FP8_NBYTES, torch.uint8) if fp8 else (512 + 64, torch.bfloat16)
+    kernels.keys_and_queries(
+        slots,
+        zeros(num_tokens, 64, dtype=torch.float32),
+        RopeLayout.NEOX,
+        Latents(kv_c, k_pe, zeros(512), 1e-6, slots, zeros(num_blocks, BLOCK_SIZE, row, dtype=dtype)),
+        IndexKeys(
+            index_k,
+            zeros(128, dtype=torch.float32),
+            zeros(128, dtype=torch.float32),
+            1e-6,
+            slots,
+            zeros(num_blocks, BLOCK_SIZE, INDEX_KEY_NBYTES, dtype=torch.uint8),
+        ),
+        IndexQueries(zeros(num_tokens, 64, 128), head_weights),
+        MlaQueries(zeros(num_tokens, problem.num_heads, 192), zeros(problem.num_heads, 128, 512)),
+    )
+
+
 @pytest.mark.parametrize("cache_format", ["auto", "fp8_ds_mla"])
 def test_nothing_is_compiled_while_serving(monkeypatch, cache_format):
     problem = replace(
@@ -40,7 +76,9 @@ def test_nothing_is_compiled_while_serving(monkeypatch, cache_format):
         topk=2048,
     )
     with loading(torch.bfloat16):
-        warm_up.__wrapped__(problem, (), BLOCK_SIZE, MAX_NUM_KEYS, MAX_NUM_TOKENS, MAX_NUM_REQUESTS)
+        warm_up.__wrapped__(
+            problem, (), BLOCK_SIZE, MAX_NUM_KEYS, MAX_NUM_TOKENS, MAX_NUM_REQUESTS, 128, RopeLayout.NEOX
+        )
     compiled = []
     monkeypatch.setattr(
         triton.knobs.runtime, "jit_post_compile_hook", lambda **about: compiled.append(about["repr"])
@@ -50,6 +88,7 @@ def test_nothing_is_compiled_while_serving(monkeypatch, cache_format):
     for name, steps in STEPS.items():
         for step in steps:
             compiled.clear()
+            prepare(kernels, problem, step[1])
             _select(kernels, problem, BLOCK_SIZE, *step)
             _attend(kernels, problem, BLOCK_SIZE, [step[1]])
             if compiled:

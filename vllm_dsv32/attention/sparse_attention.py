@@ -96,6 +96,8 @@ class SparseAttention(LatentCache):
             self._max_model_len,
             vllm_config.scheduler_config.max_num_batched_tokens,
             vllm_config.scheduler_config.max_num_seqs,
+            dims.nope_dim,
+            dims.index_rope_layout,
         )
         logger.info_once(
             "vllm-dsv32 serves this model; KV cache %s; kernels: %s",

@@ -1,7 +1,8 @@
-"""Operation ``keys_and_queries`` in Triton: the absorbed product by cuBLAS, and one launch for all else.
+"""Operation ``keys_and_queries`` in Triton: one launch, and in large batches cuBLAS for the absorbed queries.
 
 While decoding each part is less work than its launch, so the parts share one: each program takes a share of one
-part, and the programs of a part follow those of the one before. Keys come first: their programs do most.
+part, and the programs of a part follow those of the one before. Absorbed queries come first, because their weights
+come from memory, then keys: of the others their programs do most.
 """
 
 import itertools
@@ -18,7 +19,7 @@ from vllm_dsv32.kernels.index_query_triton import quantise_index_queries
 from vllm_dsv32.kernels.latent_insert import Latents
 from vllm_dsv32.kernels.latent_insert_triton import insert_latents
 from vllm_dsv32.kernels.mla_query import MlaQueries
-from vllm_dsv32.kernels.mla_query_triton import rotate_mla_queries
+from vllm_dsv32.kernels.mla_query_triton import absorb_mla_queries, rotate_mla_queries
 from vllm_dsv32.kernels.rope import RopeLayout
 from vllm_dsv32.kernels.triton_compilation import Compilation
 from vllm_dsv32.kernels.triton_dependent_launch import dependence, launch_options, wait_for_launches_before
@@ -32,15 +33,27 @@ _TILES = {
     "INDEX_TOKENS": 4,
     "INDEX_ROWS": 16,
     "MLA_ROWS": 32,
+    "ABSORB_COLUMNS": 64,
 }
 """What a program takes of a part. Of queries (rows: heads, of any tokens) 2,048 values, as of latents: two 16-byte
-words of bfloat16 for each of its threads."""
+words of bfloat16 for each of its threads. Of absorbed queries few columns, so that a whole GPU reads the weights."""
 _NUM_WARPS = 4
 
 
-@triton.jit(do_not_specialize=["num_tokens", "latents_end", "index_keys_end", "index_queries_end"])
+def tiling(num_tokens: int, num_heads: int, dtype: torch.dtype) -> dict[str, int]:
+    """The one place to tune: what a program takes of each part, by the kernel's names.
+
+    ``ABSORB_TOKENS`` is 0 where cuBLAS absorbs the queries: its product is worth a launch where programs would read
+    each weight more than twice, or twice of many heads, and float32 is not for tensor cores.
+    """
+    few = num_tokens <= 32 or (num_tokens <= 64 and num_heads <= 16)
+    return {**_TILES, "ABSORB_TOKENS": 32 if few and dtype.itemsize == 2 else 0}
+
+
+@triton.jit(do_not_specialize=["num_tokens", "absorbed_end", "latents_end", "index_keys_end", "index_queries_end"])
 def _keys_and_queries_kernel(
     num_tokens: tl.tensor,
+    absorbed_end: tl.tensor,
     latents_end: tl.tensor,
     index_keys_end: tl.tensor,
     index_queries_end: tl.tensor,
@@ -72,9 +85,13 @@ def _keys_and_queries_kernel(
     head_weights_stride: tl.tensor,
     weight_factor: tl.tensor,
     q_ptr: tl.tensor,
+    w_uk_t_ptr: tl.tensor,
     mla_q_ptr: tl.tensor,
     q_stride_token: tl.tensor,
     q_stride_head: tl.tensor,
+    w_uk_t_stride_head: tl.tensor,
+    w_uk_t_stride_dim: tl.tensor,
+    w_uk_t_stride_column: tl.tensor,
     LATENT_BLOCK_SIZE: tl.constexpr,
     FP8_DS_MLA: tl.constexpr,
     INDEX_BLOCK_SIZE: tl.constexpr,
@@ -86,13 +103,34 @@ def _keys_and_queries_kernel(
     INDEX_TOKENS: tl.constexpr,
     INDEX_ROWS: tl.constexpr,
     MLA_ROWS: tl.constexpr,
+    ABSORB_TOKENS: tl.constexpr,
+    ABSORB_COLUMNS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ) -> None:
     wait_for_launches_before(DEPENDENT)
     program = tl.program_id(0)
-    if program < latents_end:
+    if program < absorbed_end:
+        # Left out of what large batches run: it would take registers from the other parts.
+        if ABSORB_TOKENS > 0:
+            absorb_mla_queries(
+                program,
+                num_tokens,
+                q_ptr,
+                w_uk_t_ptr,
+                mla_q_ptr,
+                q_stride_token,
+                q_stride_head,
+                w_uk_t_stride_head,
+                w_uk_t_stride_dim,
+                w_uk_t_stride_column,
+                NUM_HEADS,
+                NOPE_DIM,
+                ABSORB_TOKENS,
+                ABSORB_COLUMNS,
+            )
+    elif program < latents_end:
         insert_latents(
-            program,
+            program - absorbed_end,
             num_tokens,
             positions_ptr,
             cos_sin_ptr,
@@ -170,7 +208,7 @@ def keys_and_queries(
     index_queries: IndexQueries,
     mla_queries: MlaQueries,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See :func:`vllm_dsv32.kernels.keys_and_queries.reference`; the norms sum in another order."""
+    """See :func:`vllm_dsv32.kernels.keys_and_queries.reference`; norms and products sum in another order."""
     index_q, head_weights = index_queries
     q, w_uk_t = mla_queries
     num_tokens, num_index_heads, index_head_dim = index_q.shape
@@ -180,13 +218,20 @@ def keys_and_queries(
     mla_q = torch.empty((num_tokens, num_heads, KV_LORA_RANK + ROPE_DIM), dtype=q.dtype, device=q.device)
     if num_tokens == 0:
         return mla_q, q_fp8, weights
-    torch.bmm(q[..., :nope_dim].transpose(0, 1), w_uk_t, out=mla_q[..., :KV_LORA_RANK].transpose(0, 1))
+    tiles = tiling(num_tokens, num_heads, q.dtype)
+    num_absorbing = 0
+    if tiles["ABSORB_TOKENS"] == 0:
+        torch.bmm(q[..., :nope_dim].transpose(0, 1), w_uk_t, out=mla_q[..., :KV_LORA_RANK].transpose(0, 1))
+    else:
+        column_blocks = KV_LORA_RANK // tiles["ABSORB_COLUMNS"]
+        num_absorbing = ceil_div(num_tokens, tiles["ABSORB_TOKENS"]) * num_heads * column_blocks
     *ends, num_programs = itertools.accumulate(
         (
-            ceil_div(num_tokens, _TILES["LATENT_TOKENS"]),
-            ceil_div(num_tokens, _TILES["INDEX_TOKENS"]),
-            ceil_div(num_tokens * num_index_heads, _TILES["INDEX_ROWS"]),
-            ceil_div(num_tokens * num_heads, _TILES["MLA_ROWS"]),
+            num_absorbing,
+            ceil_div(num_tokens, tiles["LATENT_TOKENS"]),
+            ceil_div(num_tokens, tiles["INDEX_TOKENS"]),
+            ceil_div(num_tokens * num_index_heads, tiles["INDEX_ROWS"]),
+            ceil_div(num_tokens * num_heads, tiles["MLA_ROWS"]),
         )
     )
     _keys_and_queries_kernel[(num_programs,)](
@@ -210,9 +255,11 @@ def keys_and_queries(
         head_weights.stride(0),
         num_index_heads**-0.5 * index_head_dim**-0.5,
         q,
+        w_uk_t,
         mla_q,
         q.stride(0),
         q.stride(1),
+        *w_uk_t.stride(),
         LATENT_BLOCK_SIZE=latents.cache.shape[1],
         FP8_DS_MLA=is_fp8_ds_mla(latents.cache),
         INDEX_BLOCK_SIZE=index_keys.cache.shape[1],
@@ -220,7 +267,7 @@ def keys_and_queries(
         NUM_INDEX_HEADS=num_index_heads,
         NUM_HEADS=num_heads,
         NOPE_DIM=nope_dim,
-        **_TILES,
+        **tiles,
         num_warps=_NUM_WARPS,
         num_stages=1,
         enable_fp_fusion=False,
@@ -230,13 +277,17 @@ def keys_and_queries(
 
 
 def compilations(capability: tuple[int, int]) -> Iterator[Compilation]:
-    """The kernel for a bfloat16 model with each cache and rotation, 16 heads: a rank's share of 128 among eight."""
-    for fp8_ds_mla, rope_layout in itertools.product((False, True), RopeLayout):
+    """The kernel for a bfloat16 model with each cache and rotation, 16 heads: a rank's share of 128 among eight.
+
+    For batches small and large, as :func:`tiling` tells them apart.
+    """
+    for fp8_ds_mla, rope_layout, num_tokens in itertools.product((False, True), RopeLayout, (64, 8192)):
         yield Compilation(
-            name=f"keys_and_queries fp8={fp8_ds_mla} {rope_layout.value}",
+            name=f"keys_and_queries fp8={fp8_ds_mla} {rope_layout.value} {num_tokens} tokens",
             kernel=_keys_and_queries_kernel,
             signature={
                 "num_tokens": "i32",
+                "absorbed_end": "i32",
                 "latents_end": "i32",
                 "index_keys_end": "i32",
                 "index_queries_end": "i32",
@@ -268,11 +319,16 @@ def compilations(capability: tuple[int, int]) -> Iterator[Compilation]:
                 "head_weights_stride": "i32",
                 "weight_factor": "fp32",
                 "q_ptr": "*bf16",
+                "w_uk_t_ptr": "*bf16",
                 "mla_q_ptr": "*bf16",
                 "q_stride_token": "i32",
                 "q_stride_head": "i32",
+                "w_uk_t_stride_head": "i32",
+                "w_uk_t_stride_dim": "i32",
+                "w_uk_t_stride_column": "constexpr",
             },
             constexprs={
+                "w_uk_t_stride_column": 1,
                 "LATENT_BLOCK_SIZE": 64,
                 "FP8_DS_MLA": fp8_ds_mla,
                 "INDEX_BLOCK_SIZE": 64,
@@ -280,7 +336,7 @@ def compilations(capability: tuple[int, int]) -> Iterator[Compilation]:
                 "NUM_INDEX_HEADS": 64,
                 "NUM_HEADS": 16,
                 "NOPE_DIM": 128,
-                **_TILES,
+                **tiling(num_tokens, 16, torch.bfloat16),
                 **dependence(capability),
             },
             num_warps=_NUM_WARPS,

@@ -6,6 +6,11 @@ from functools import cache
 import torch
 
 from vllm_dsv32.kernels.dispatch import KernelSet, Problem, select_kernels
+from vllm_dsv32.kernels.index_insert import IndexKeys
+from vllm_dsv32.kernels.index_query import IndexQueries
+from vllm_dsv32.kernels.latent_insert import Latents
+from vllm_dsv32.kernels.mla_query import MlaQueries
+from vllm_dsv32.kernels.rope import RopeLayout
 from vllm_dsv32.kernels.selection import LOGITS_NBYTES, select
 from vllm_dsv32.layout import FP8_DS_MLA, INDEX_KEY_NBYTES, LATENT_FP8_NBYTES
 
@@ -24,8 +29,10 @@ def warm_up(
     max_num_keys: int,
     max_num_tokens: int,
     max_num_requests: int,
+    nope_dim: int,
+    index_rope_layout: RopeLayout,
 ) -> None:
-    """Run what scores, selects and attends once in each class of batch, on a page of zeros; once a process.
+    """Run what a batch's shape decides on once in each class of batch, on a page of zeros; once a process.
 
     The other operations are compiled by any step. Nothing is to be compiled off CUDA.
 
@@ -36,10 +43,14 @@ def warm_up(
         max_num_keys: of a token.
         max_num_tokens: of a step.
         max_num_requests: of a step.
+        nope_dim: of queries, what is not rotated.
+        index_rope_layout: of index keys and queries.
     """
     if problem.device_type != "cuda":
         return
     kernels = select_kernels(problem, dict(overrides))
+    for num_tokens in _doubling(max_num_tokens):
+        _prepare(kernels, problem, block_size, num_tokens, nope_dim, index_rope_layout)
     for num_requests, num_tokens in _batches(max_num_tokens, max_num_requests):
         # Logits that fit the registers are held there, in sizes of a power of two; of other rows the longest
         # may have a kernel of their own.
@@ -67,6 +78,52 @@ def _doubling(end: int) -> Iterator[int]:
     yield end
 
 
+def _prepare(
+    kernels: KernelSet,
+    problem: Problem,
+    block_size: int,
+    num_tokens: int,
+    nope_dim: int,
+    index_rope_layout: RopeLayout,
+) -> None:
+    """Of padding, which is written to neither cache."""
+    device = torch.device(problem.device_type)
+
+    def zeros(*shape: int, dtype: torch.dtype = problem.dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    def float32(*shape: int) -> torch.Tensor:
+        return zeros(*shape, dtype=torch.float32)
+
+    padding = torch.full((num_tokens,), -1, dtype=torch.int64, device=device)
+    rank, rope, index_dim = problem.kv_lora_rank, problem.rope_dim, problem.index_head_dim
+    kernels.keys_and_queries(
+        torch.zeros_like(padding),
+        float32(1, rope),
+        index_rope_layout,
+        Latents(
+            zeros(num_tokens, rank),
+            zeros(num_tokens, rope),
+            zeros(rank),
+            1.0,
+            padding,
+            _latent_page(problem, block_size),
+        ),
+        IndexKeys(
+            float32(num_tokens, index_dim),
+            float32(index_dim),
+            float32(index_dim),
+            1.0,
+            padding,
+            _index_page(block_size, device),
+        ),
+        IndexQueries(
+            zeros(num_tokens, problem.num_index_heads, index_dim), float32(num_tokens, problem.num_index_heads)
+        ),
+        MlaQueries(zeros(num_tokens, problem.num_heads, nope_dim + rope), zeros(problem.num_heads, nope_dim, rank)),
+    )
+
+
 def _select(
     kernels: KernelSet, problem: Problem, block_size: int, num_requests: int, num_tokens: int, width: int
 ) -> None:
@@ -81,7 +138,7 @@ def _select(
         ),
         # vLLM loads models with their dtype as the default.
         torch.zeros((num_tokens, problem.num_index_heads), dtype=torch.float32, device=device),
-        torch.zeros((1, block_size, INDEX_KEY_NBYTES), dtype=torch.uint8, device=device),
+        _index_page(block_size, device),
         block_table,
         torch.zeros_like(per_token),
         per_token,
@@ -98,15 +155,21 @@ def _attend(kernels: KernelSet, problem: Problem, block_size: int, batches: Sequ
     device = torch.device(problem.device_type)
     most = max(batches)
     row = problem.kv_lora_rank + problem.rope_dim
-    fp8 = problem.cache_format == FP8_DS_MLA
     q = torch.zeros((most, problem.num_heads, row), dtype=problem.dtype, device=device)
-    cache = torch.zeros(
-        (1, block_size, LATENT_FP8_NBYTES if fp8 else row),
-        dtype=torch.uint8 if fp8 else problem.dtype,
-        device=device,
-    )
+    cache = _latent_page(problem, block_size)
     topk_slot = torch.zeros((most, problem.topk), dtype=torch.int32, device=device)
     num_valid = torch.full((most,), _FEW_KEYS, dtype=torch.int32, device=device)
     for num_tokens in batches:
         tokens = slice(num_tokens)
         kernels.sparse_mla(q[tokens], cache, topk_slot[tokens], num_valid[tokens], 1.0)
+
+
+def _latent_page(problem: Problem, block_size: int) -> torch.Tensor:
+    fp8 = problem.cache_format == FP8_DS_MLA
+    row = LATENT_FP8_NBYTES if fp8 else problem.kv_lora_rank + problem.rope_dim
+    dtype = torch.uint8 if fp8 else problem.dtype
+    return torch.zeros((1, block_size, row), dtype=dtype, device=problem.device_type)
+
+
+def _index_page(block_size: int, device: torch.device) -> torch.Tensor:
+    return torch.zeros((1, block_size, INDEX_KEY_NBYTES), dtype=torch.uint8, device=device)
