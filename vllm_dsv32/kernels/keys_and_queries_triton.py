@@ -36,7 +36,7 @@ _TILES = {
     "ABSORB_COLUMNS": 64,
 }
 """What a program takes of a part. Of queries (rows: heads, of any tokens) 2,048 values, as of latents: two 16-byte
-words of bfloat16 for each of its threads. Of absorbed queries few columns, so that a whole GPU reads the weights."""
+words of bfloat16 for each of its threads. Of absorbed queries few columns, so that all of a GPU reads weights."""
 _NUM_WARPS = 4
 
 
