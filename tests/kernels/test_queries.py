@@ -138,12 +138,14 @@ ABSORBED = [
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("tokens", "heads"), ABSORBED)
+@pytest.mark.parametrize(
+    ("tokens", "heads", "nope"), [(*case, 128) for case in ABSORBED] + [(5, 2, nope) for nope in (32, 80, 192)]
+)
 @implementations_of_part(MlaQueries)
-def test_absorbed_queries_are_rounded_once(kernel, generator, tokens, heads, dtype):
-    q = torch.randn(tokens, heads, 192, generator=generator).to(dtype)
-    w_uk_t = (torch.randn(heads, 128, 512, generator=generator) * 128**-0.5).to(dtype)
-    exact = torch.einsum("tnd,ndc->tnc", q[..., :128].double(), w_uk_t.double())
+def test_absorbed_queries_are_rounded_once(kernel, generator, tokens, heads, nope, dtype):
+    q = torch.randn(tokens, heads, nope + 64, generator=generator).to(dtype)
+    w_uk_t = (torch.randn(heads, nope, 512, generator=generator) * nope**-0.5).to(dtype)
+    exact = torch.einsum("tnd,ndc->tnc", q[..., :nope].double(), w_uk_t.double())
     got = kernel(MlaQueries(q, w_uk_t), torch.zeros(tokens, dtype=torch.int64), cos_sin_cache())
     close(got[..., :512], exact, rtol=max(torch.finfo(dtype).eps / 2, 1e-6), atol=1e-5)
 
