@@ -83,6 +83,11 @@ __device__ __forceinline__ void copy_bulk(void* shared, const void* global, int 
                : "memory");
 }
 
+// Orders what this thread has written to shared memory before later copies to it.
+__device__ __forceinline__ void fence_before_copies() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // ---- loads ------------------------------------------------------------------------------------------------------
 
 // Zero where not wanted; no branch, so that several are on their way at once.
@@ -118,16 +123,61 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint3
                : "r"(address));
 }
 
-// acc[16, 8] += a[16, 16] b[16, 8] in bfloat16. Lane 4 g + t holds
+// acc[16, 8] += a[16, 16] b[16, 8]. Lane 4 g + t holds
 //   a: (g, 2 t), (g + 8, 2 t), (g, 2 t + 8), (g + 8, 2 t + 8), each with the next column above it,
 //   b: (2 t, g), (2 t + 8, g), each with the next row above it,
-//   acc: (g, 2 t), (g, 2 t + 1), (g + 8, 2 t), (g + 8, 2 t + 1).
-__device__ __forceinline__ void multiply(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+//   acc: (g, 2 t), (g, 2 t + 1), (g + 8, 2 t), (g + 8, 2 t + 1), in float32.
+__device__ __forceinline__ void multiply_bfloat16(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+__device__ __forceinline__ void multiply_float16(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// ---- conversions ------------------------------------------------------------------------------------------------
+
+// e4m3 to float16, which holds every value of it: of bytes 0 to 3, bytes 0 and 1. NaN stays NaN.
+__device__ __forceinline__ uint32_t float16_of_low_bytes(uint32_t bytes) {
+  uint32_t pair;
+  asm("{\n"
+      ".reg .b16 low, high;\n"
+      "mov.b32 {low, high}, %1;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, low;\n"
+      "}\n"
+      : "=r"(pair)
+      : "r"(bytes));
+  return pair;
+}
+
+// Of bytes 0 to 3, bytes 2 and 3.
+__device__ __forceinline__ uint32_t float16_of_high_bytes(uint32_t bytes) {
+  uint32_t pair;
+  asm("{\n"
+      ".reg .b16 low, high;\n"
+      "mov.b32 {low, high}, %1;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, high;\n"
+      "}\n"
+      : "=r"(pair)
+      : "r"(bytes));
+  return pair;
+}
+
+// Beyond 65504 and half a step: infinity.
+__device__ __forceinline__ uint32_t pack_float16(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(pair) : "f"(low), "f"(high));
+  return pair;
+}
+
+// Bytes 0, 2, 1, 3.
+__device__ __forceinline__ uint32_t swap_inner_bytes(uint32_t bytes) { return __byte_perm(bytes, 0, 0x3120); }
 
 // ---- functions --------------------------------------------------------------------------------------------------
 
@@ -135,6 +185,12 @@ __device__ __forceinline__ void multiply(float (&acc)[4], const uint32_t (&a)[4]
 __device__ __forceinline__ float exp2_approximate(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float log2_approximate(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

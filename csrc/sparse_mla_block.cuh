@@ -1,8 +1,6 @@
 // What the warps of a block share: its sizes, its shared memory, its work.
 #pragma once
 
-#include <cuda_bf16.h>
-
 #include "layout.h"
 #include "ptx.cuh"
 #include "sparse_mla_sm90.h"
@@ -16,13 +14,14 @@ constexpr int kWarpgroup = 128;
 constexpr int kNumScoreWarps = 4;  // 16 keys of a tile each
 constexpr int kNumValueWarps = 8;  // 64 columns of the output each
 constexpr int kNumThreads = 4 * kWarpgroup;
+constexpr int kNumCopyWarps = 4;
 constexpr int kKeysOfWarp = kTileKeys / kNumScoreWarps;
 constexpr int kDimsOfWarp = kKvLoraRank / kNumValueWarps;
 
 // Of a thread of each warpgroup. Scores, whose queries stay in registers, take what the others give.
-constexpr int kScoreRegisters = 224;
+constexpr int kScoreRegisters = 240;
 constexpr int kValueRegisters = 120;
-constexpr int kCopyRegisters = 40;
+constexpr int kCopyRegisters = 32;
 static_assert((kScoreRegisters + 2 * kValueRegisters + kCopyRegisters) * kWarpgroup <= 65536);
 
 constexpr int kLatentSteps = kKvLoraRank / 16;  // of products over 16 columns
@@ -46,16 +45,18 @@ __host__ __device__ __forceinline__ int num_head_tiles(int num_heads) {
 
 struct Shared {
   alignas(128) uint8_t rows[kStages][kTileKeys][kLatentFp8Nbytes];
-  // Weights times the scale of each group, times 2^60.
-  alignas(16) __nv_bfloat16 weights[kWeightStages][kNumGroups][kTileHeads][kWeightPitch];
+  // In float16: weights times the scale of each group.
+  alignas(16) uint16_t weights[kWeightStages][kNumGroups][kTileHeads][kWeightPitch];
   alignas(16) float maxima[2][kTileHeads][kNumScoreWarps];
   alignas(16) float totals[2][kTileHeads][kNumScoreWarps];
   alignas(16) float shrink[kWeightStages][kTileHeads];
-  alignas(16) float2 softmax[kTileHeads];  // of all keys of the block: the maximum, to the base 2; the denominator
+  // Of all keys of the block: what was subtracted from scores, which are to the base 2; the sum of weights.
+  alignas(16) float2 softmax[kTileHeads];
   uint64_t rows_full[kStages];
   uint64_t rows_free[kStages];
   uint64_t weights_full[kWeightStages];
   uint64_t weights_free[kWeightStages];
+  uint64_t maxima_full;
   uint64_t softmax_full;
   uint64_t softmax_free;
 };
@@ -100,24 +101,26 @@ struct Work {
   int token;
   int first_head;
   int num_heads;  // that exist, from the first on; the others are computed as zeros and not stored
-  int num_keys;   // of this block
-  int num_tiles;
-  const int32_t* slots;  // of these keys
+  // Tiles go round the blocks of a cluster, so that where the first one's slots are is known before the count of keys.
+  const int32_t* slots;  // from the first tile of this block on, those of other blocks included
+  int num_slots;         // from there on
+  int num_keys;          // from there on
+  int keys_to_next_tile;
 
   __device__ __forceinline__ Work(const SparseMlaArguments& p, const Place& place, int index) {
     const int num_tiles_of_heads = num_head_tiles(p.num_heads);
     token = index / num_tiles_of_heads;
     first_head = index % num_tiles_of_heads * kTileHeads;
     num_heads = min(kTileHeads, p.num_heads - first_head);
-    const int num_valid = max(0, min(p.num_valid[token], p.num_slots));
-    // Whole tiles, at least one, so that few keys leave splits empty.
-    const int keys_of_split = (num_valid + place.num_splits - 1) / place.num_splits;
-    const int tiles_of_split = max(1, (keys_of_split + kTileKeys - 1) / kTileKeys);
-    const int begin = place.rank * tiles_of_split * kTileKeys;
-    num_keys = max(0, min(tiles_of_split * kTileKeys, num_valid - begin));
-    num_tiles = (num_keys + kTileKeys - 1) / kTileKeys;
+    const int begin = place.rank * kTileKeys;
+    keys_to_next_tile = place.num_splits * kTileKeys;
     slots = p.topk_slot + static_cast<int64_t>(token) * p.num_slots + begin;
+    num_slots = p.num_slots - begin;
+    num_keys = min(p.num_valid[token], p.num_slots) - begin;
   }
+
+  // From a tile of this block on; none or less: there is no such tile.
+  __device__ __forceinline__ int keys_left(int tile) const { return num_keys - tile * keys_to_next_tile; }
 };
 
 }  // namespace dsv32

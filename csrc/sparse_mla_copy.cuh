@@ -5,7 +5,7 @@
 
 namespace dsv32 {
 
-constexpr int kRowsOfCopyWarp = kTileKeys / 4;
+constexpr int kRowsOfCopyWarp = kTileKeys / kNumCopyWarps;
 
 __device__ __forceinline__ const uint8_t* row_of_slot(const SparseMlaArguments& p, int slot) {
   const unsigned block = static_cast<unsigned>(slot) / static_cast<unsigned>(p.block_size);
@@ -13,27 +13,48 @@ __device__ __forceinline__ const uint8_t* row_of_slot(const SparseMlaArguments& 
   return p.cache + block * p.page_nbytes + offset * kLatentFp8Nbytes;
 }
 
-// Four warps of 16 rows each, a row by a lane. Slots past the last key are not read, and what lies in their rows of
-// shared memory is multiplied by nothing but zero.
+// By all lanes of a warp.
+__device__ __forceinline__ void clear_row(uint8_t* row, int lane) {
+  for (int i = lane * 16; i < kLatentFp8Nbytes; i += 32 * 16) {
+    *reinterpret_cast<uint4*>(row + i) = make_uint4(0, 0, 0, 0);
+  }
+}
+
+// Four warps of 16 rows each, a row by a lane. Rows past the last key become zeros: their weights are zero, but zero
+// times what was there could be NaN. Their slots are loaded, since the count of keys is on its way at the same time,
+// and used for nothing.
 __device__ __forceinline__ void copy_tiles(Turn<kStages>& turn, Shared& shared, const SparseMlaArguments& p,
                                            const Work& work, int warp, int lane) {
-  const int key = warp * kRowsOfCopyWarp + lane % kRowsOfCopyWarp;  // of a tile
-  int slot = key < work.num_keys ? work.slots[key] : 0;
-  for (int tile = 0; tile < work.num_tiles; ++tile, turn.next()) {
-    const int left = work.num_keys - tile * kTileKeys;
-    const uint8_t* row = row_of_slot(p, slot);
-    slot = key + kTileKeys < left ? work.slots[(tile + 1) * kTileKeys + key] : 0;
+  const int first = warp * kRowsOfCopyWarp;  // of a tile
+  int next = first + lane % kRowsOfCopyWarp;
+  const auto load_next_slot = [&] {
+    const int slot = load_if(next < work.num_slots, work.slots + next);
+    next += work.keys_to_next_tile;
+    return slot;
+  };
+  const uint8_t* row = row_of_slot(p, load_next_slot());
+  for (int tile = 0; work.keys_left(tile) > 0; ++tile, turn.next()) {
+    const int next_slot = load_next_slot();
+    const int num_rows = max(0, min(work.keys_left(tile) - first, kRowsOfCopyWarp));
+    auto& rows = shared.rows[turn.stage];
     uint64_t* full = &shared.rows_full[turn.stage];
     mbarrier_wait(&shared.rows_free[turn.stage], turn.parity ^ 1);
-    // Other warps' rows may arrive before this: the phase cannot end without this one's arrival.
-    if (warp == 0 && lane == 0) {
-      mbarrier_arrive_expect(full, min(left, kTileKeys) * kLatentFp8Nbytes);
+    if (num_rows < kRowsOfCopyWarp) {
+      for (int i = num_rows; i < kRowsOfCopyWarp; ++i) {
+        clear_row(rows[first + i], lane);
+      }
+      fence_before_copies();
+      __syncwarp();
+    }
+    if (lane == 0) {
+      mbarrier_arrive_expect(full, num_rows * kLatentFp8Nbytes);
     }
     __syncwarp();
-    if (lane < kRowsOfCopyWarp && key < left) {
-      copy_bulk(shared.rows[turn.stage][key], row, kLatentFp8Nbytes, full);
+    if (lane < num_rows) {
+      copy_bulk(rows[first + lane], row, kLatentFp8Nbytes, full);
     }
     __syncwarp();
+    row = row_of_slot(p, next_slot);
   }
 }
 

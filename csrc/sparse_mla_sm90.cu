@@ -5,9 +5,10 @@
 // tiles, one computes scores and weights, two sum rows by weights, and barriers in shared memory are all that they
 // wait for.
 //
-// Rows stay bytes in shared memory; both products decode them into operands in registers. A decoded copy in shared
-// memory would be written once and read twice, 192 KB a tile where this takes 64: at 128 bytes a clock, more time
-// than the GPU's memory takes to deliver the tile.
+// Rows stay bytes in shared memory; both products decode them into operands in registers, in float16: there is an
+// instruction for that, and sparse_mla_queries.cuh and sparse_mla_softmax.cuh say why its range is enough. A decoded
+// copy in shared memory would be written once and read twice, 192 KB a tile where this takes 64: at 128 bytes a clock,
+// more time than the GPU's memory takes to deliver the tile.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -29,6 +30,25 @@ __device__ __forceinline__ void let_others_join(const Place& place) {
   }
 }
 
+__device__ __forceinline__ void join_cluster(const Sums& sums, Shared& shared, const SparseMlaArguments& p,
+                                             const Place& place, const Work& work, int warp, int lane) {
+  // Rows are where sums will be: all are used.
+  named_barrier(kValueBarrier, kNumValueWarps * 32);
+  keep_sums(sums, shared, warp, lane);
+  cluster_barrier();
+  switch (place.num_splits) {
+    case 2: join_sums<2>(shared, p, work, place.rank, warp, lane); break;
+    case 3: join_sums<3>(shared, p, work, place.rank, warp, lane); break;
+    case 4: join_sums<4>(shared, p, work, place.rank, warp, lane); break;
+    case 5: join_sums<5>(shared, p, work, place.rank, warp, lane); break;
+    case 6: join_sums<6>(shared, p, work, place.rank, warp, lane); break;
+    case 8: join_sums<8>(shared, p, work, place.rank, warp, lane); break;
+    case 16: join_sums<16>(shared, p, work, place.rank, warp, lane); break;
+  }
+  // A block stays until all have read its shared memory; what they read, they have used.
+  cluster_barrier_relaxed();
+}
+
 __device__ __forceinline__ void sum_works(Shared& shared, const SparseMlaArguments& p, const Place& place, int warp,
                                           int lane) {
   ValueTurns turns;
@@ -36,25 +56,11 @@ __device__ __forceinline__ void sum_works(Shared& shared, const SparseMlaArgumen
     const Work work(p, place, index);
     Sums sums = {};
     sum_tiles(sums, turns, shared, work, warp, lane);
-    if (place.num_splits == 1) {
-      store_sums(sums, turns, shared, p, work, warp, lane);
-      continue;
+    if (place.num_splits > 1) {
+      join_cluster(sums, shared, p, place, work, warp, lane);
+      return;  // it was the only work
     }
-    // Rows are where sums will be: all are used.
-    named_barrier(kValueBarrier, kNumValueWarps * 32);
-    keep_sums(sums, shared, warp, lane);
-    cluster_barrier();
-    switch (place.num_splits) {
-      case 2: join_sums<2>(shared, p, work, place.rank, warp, lane); break;
-      case 3: join_sums<3>(shared, p, work, place.rank, warp, lane); break;
-      case 4: join_sums<4>(shared, p, work, place.rank, warp, lane); break;
-      case 5: join_sums<5>(shared, p, work, place.rank, warp, lane); break;
-      case 6: join_sums<6>(shared, p, work, place.rank, warp, lane); break;
-      case 8: join_sums<8>(shared, p, work, place.rank, warp, lane); break;
-      case 16: join_sums<16>(shared, p, work, place.rank, warp, lane); break;
-    }
-    // A block stays until all have read its shared memory; what they read, they have used.
-    cluster_barrier_relaxed();
+    store_sums(sums, turns, shared, p, work, warp, lane);
   }
 }
 
@@ -63,8 +69,8 @@ __device__ __forceinline__ void score_works(Shared& shared, const SparseMlaArgum
   ScoreTurns turns;
   for (int index = place.first_work; index < place.num_works; index += place.stride) {
     score_tiles(turns, shared, p, Work(p, place, index), warp, lane);
-    let_others_join(place);
   }
+  let_others_join(place);
 }
 
 __device__ __forceinline__ void copy_works(Shared& shared, const SparseMlaArguments& p, const Place& place, int warp,
@@ -72,8 +78,8 @@ __device__ __forceinline__ void copy_works(Shared& shared, const SparseMlaArgume
   Turn<kStages> turn;
   for (int index = place.first_work; index < place.num_works; index += place.stride) {
     copy_tiles(turn, shared, p, Work(p, place, index), warp, lane);
-    let_others_join(place);
   }
+  let_others_join(place);
 }
 
 __global__ void __launch_bounds__(kNumThreads, 1)
@@ -85,13 +91,14 @@ __global__ void __launch_bounds__(kNumThreads, 1)
   const int lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
-      mbarrier_init(&shared.rows_full[stage], 1);
+      mbarrier_init(&shared.rows_full[stage], kNumCopyWarps);
       mbarrier_init(&shared.rows_free[stage], kNumValueWarps);
     }
     for (int stage = 0; stage < kWeightStages; ++stage) {
       mbarrier_init(&shared.weights_full[stage], kNumScoreWarps);
       mbarrier_init(&shared.weights_free[stage], kNumValueWarps);
     }
+    mbarrier_init(&shared.maxima_full, kNumScoreWarps);
     mbarrier_init(&shared.softmax_full, 1);
     mbarrier_init(&shared.softmax_free, kNumValueWarps);
     fence_mbarrier_init();

@@ -2,11 +2,12 @@
 //
 // Heads are the rows of the product, dimensions its columns; each warp takes 64 dimensions, which share a scale.
 // Reading with transposition gives lane 4 g + t bytes 2 g and 2 g + 1 of keys 2 t and 2 t + 1 of a block of eight
-// keys by 16 dimensions: the even ones are an operand for dimensions 2 g, the odd ones for 2 g + 1. So a lane's
-// results, columns 2 t and 2 t + 1 of either, are dimensions 4 t to 4 t + 3.
+// keys by 16 dimensions. The even ones, decoded, are an operand for dimensions 2 g, the odd ones for 2 g + 1. So a
+// lane's results, columns 2 t and 2 t + 1 of either, are dimensions 4 t to 4 t + 3.
 #pragma once
 
-#include "e4m3_decode.cuh"
+#include <cuda_bf16.h>
+
 #include "sparse_mla_block.cuh"
 
 namespace dsv32 {
@@ -33,7 +34,7 @@ __device__ __forceinline__ void sum_tiles(Sums& sums, ValueTurns& turns, Shared&
   const int row_offset = (lane % 8 + lane / 8 % 2 * 8) * kLatentFp8Nbytes + lane / 16 * 16 + warp * kDimsOfWarp;
   const int weight_offset = ((lane % 8 + lane / 8 % 2 * 8) * kWeightPitch + lane / 16 * 8) * 2;
 
-  for (int tile = 0; tile < work.num_tiles; ++tile, turns.rows.next(), turns.weights.next()) {
+  for (int tile = 0; work.keys_left(tile) > 0; ++tile, turns.rows.next(), turns.weights.next()) {
     const int stage = turns.weights.stage;
     // Full before the weights were; waiting for it makes what was copied visible here too.
     mbarrier_wait(&shared.rows_full[turns.rows.stage], turns.rows.parity);
@@ -58,10 +59,14 @@ __device__ __forceinline__ void sum_tiles(Sums& sums, ValueTurns& turns, Shared&
 #pragma unroll
       for (int unit = 0; unit < kUnitsOfWarp; unit += 2) {
         load_matrices_transposed(r, rows + key * kLatentFp8Nbytes + unit * 16);
-        multiply(sums[unit][0], a, decode_even(r[0]), decode_even(r[1]));
-        multiply(sums[unit][1], a, decode_odd(r[0]), decode_odd(r[1]));
-        multiply(sums[unit + 1][0], a, decode_even(r[2]), decode_even(r[3]));
-        multiply(sums[unit + 1][1], a, decode_odd(r[2]), decode_odd(r[3]));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          r[i] = swap_inner_bytes(r[i]);  // the even dimensions of both keys, then the odd ones
+        }
+        multiply_float16(sums[unit][0], a, float16_of_low_bytes(r[0]), float16_of_low_bytes(r[1]));
+        multiply_float16(sums[unit][1], a, float16_of_high_bytes(r[0]), float16_of_high_bytes(r[1]));
+        multiply_float16(sums[unit + 1][0], a, float16_of_low_bytes(r[2]), float16_of_low_bytes(r[3]));
+        multiply_float16(sums[unit + 1][1], a, float16_of_high_bytes(r[2]), float16_of_high_bytes(r[3]));
       }
     }
     __syncwarp();
@@ -82,14 +87,14 @@ __device__ __forceinline__ void store_quad(const SparseMlaArguments& p, const Wo
 }
 
 // Without keys: minus infinity.
-__device__ __forceinline__ void store_lse(const SparseMlaArguments& p, const Work& work, int head, float highest,
+__device__ __forceinline__ void store_lse(const SparseMlaArguments& p, const Work& work, int head, float subtracted,
                                           float total) {
   p.lse[static_cast<int64_t>(work.token) * p.num_heads + work.first_head + head] =
-      total == 0.0f ? -INFINITY : (highest + log2f(total)) * kLn2;
+      total == 0.0f ? -INFINITY : (subtracted + log2f(total)) * kLn2;
 }
 
-// Of 2^60, so that sums are what they stand for; without keys, sums are zero.
-__device__ __forceinline__ float normaliser(float total) { return total == 0.0f ? 0.0f : kTwoPow60 / total; }
+// Without keys, sums are zero.
+__device__ __forceinline__ float normaliser(float total) { return total == 0.0f ? 0.0f : 1.0f / total; }
 
 __device__ __forceinline__ void store_sums(const Sums& sums, ValueTurns& turns, Shared& shared,
                                            const SparseMlaArguments& p, const Work& work, int warp, int lane) {
@@ -140,40 +145,58 @@ __device__ __forceinline__ void keep_sums(const Sums& sums, Shared& shared, int 
   }
 }
 
-// Each warp joins a part of a row at a time, from the shared memory of all blocks of its cluster. Parts go round the
-// blocks, then round their warps, so that any number of blocks shares them evenly.
+// Each warp joins parts of rows, from the shared memory of all blocks of its cluster. Parts go round the blocks, then
+// round their warps, so that any number of blocks shares them evenly. A warp loads all of its parts before it uses the
+// first.
 template <int kSplits>
 __device__ __forceinline__ void join_sums(Shared& shared, const SparseMlaArguments& p, const Work& work, int rank,
                                           int warp, int lane) {
-  constexpr int kParts = kKvLoraRank / (32 * 4);  // of a row; four columns a lane
+  constexpr int kPartsOfRow = kKvLoraRank / (32 * 4);  // four columns a lane
+  constexpr int kPartsOfRound = kNumValueWarps * kSplits;
+  constexpr int kRounds = (kTileHeads * kPartsOfRow + kPartsOfRound - 1) / kPartsOfRound;
   const uint32_t softmax_address = shared_address(shared.softmax);
   const uint32_t sums_address = shared_address(split_sums(shared));
-  for (int part = warp * kSplits + rank; part < work.num_heads * kParts; part += kNumValueWarps * kSplits) {
-    const int head = part / kParts;
-    const int dim = (part % kParts * 32 + lane) * 4;
-    float2 softmax[kSplits];
-    float4 sums[kSplits];
-    float highest = -INFINITY;
+  const int first_part = warp * kSplits + rank;
+  const int num_parts = work.num_heads * kPartsOfRow;
+  float2 softmax[kRounds][kSplits];
+  float4 sums[kRounds][kSplits];
+#pragma unroll
+  for (int round = 0; round < kRounds; ++round) {
+    const int part = min(first_part + round * kPartsOfRound, num_parts - 1);
+    const int head = part / kPartsOfRow, dim = (part % kPartsOfRow * 32 + lane) * 4;
 #pragma unroll
     for (int split = 0; split < kSplits; ++split) {
-      softmax[split] = load_pair_in_cluster(address_in_block(softmax_address + head * 8, split));
-      sums[split] = load_quad_in_cluster(address_in_block(sums_address + (head * kOutPitch + dim) * 4, split));
-      highest = fmaxf(highest, softmax[split].x);
+      softmax[round][split] = load_pair_in_cluster(address_in_block(softmax_address + head * 8, split));
+      sums[round][split] = load_quad_in_cluster(address_in_block(sums_address + (head * kOutPitch + dim) * 4, split));
+    }
+  }
+#pragma unroll
+  for (int round = 0; round < kRounds; ++round) {
+    const int part = first_part + round * kPartsOfRound;
+    const int head = part / kPartsOfRow, dim = (part % kPartsOfRow * 32 + lane) * 4;
+    if (part >= num_parts) {
+      continue;
+    }
+    float subtracted = -INFINITY;
+#pragma unroll
+    for (int split = 0; split < kSplits; ++split) {
+      subtracted = fmaxf(subtracted, softmax[round][split].x);
     }
     float total = 0.0f;
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
     for (int split = 0; split < kSplits; ++split) {
+      const float2& of_split = softmax[round][split];
+      const float4& x = sums[round][split];
       // Of a split without keys, minus infinity minus itself may be asked for.
-      const float weight = softmax[split].y == 0.0f ? 0.0f : exp2_approximate(softmax[split].x - highest);
-      total += softmax[split].y * weight;
-      sum.x += sums[split].x * weight, sum.y += sums[split].y * weight;
-      sum.z += sums[split].z * weight, sum.w += sums[split].w * weight;
+      const float weight = of_split.y == 0.0f ? 0.0f : exp2_approximate(of_split.x - subtracted);
+      total += of_split.y * weight;
+      sum.x += x.x * weight, sum.y += x.y * weight, sum.z += x.z * weight, sum.w += x.w * weight;
     }
     const float factor = normaliser(total);
     store_quad(p, work, head, dim, make_float4(sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor));
     if (dim == 0) {
-      store_lse(p, work, head, highest, total);
+      store_lse(p, work, head, subtracted, total);
     }
   }
 }

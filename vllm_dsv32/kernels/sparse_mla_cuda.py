@@ -38,7 +38,12 @@ def sparse_mla(
     num_valid: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`vllm_dsv32.kernels.sparse_mla.reference`; weights are rounded to bfloat16.
+    """See :func:`vllm_dsv32.kernels.sparse_mla.reference`; products are of float16, but for the rotary part.
+
+    Queries are exact, but for those below ``2**-31`` of the greatest of their head: these are off by at most
+    ``2**-39`` of it. A key's weight, times the scale of a group, is rounded to float16: to 11 bits down to
+    ``2**-28`` of the greatest such product of the head and the token's keys, to fewer below. An infinite query,
+    a NaN in a row, and scores or scales beyond the range of float32 give NaN.
 
     Raises:
         ValueError: queries or a cache of another type; too many heads; or pages that are not aligned.

@@ -62,6 +62,7 @@ inline void mbarrier_init(uint64_t* barrier, int count) {
   as_mbarrier(barrier) = {static_cast<uint16_t>(count), static_cast<uint8_t>(count), 0, 0};
 }
 inline void fence_mbarrier_init() {}
+inline void fence_before_copies() {}
 inline void mbarrier_arrive(uint64_t* barrier) { as_mbarrier(barrier).arrive(); }
 inline void mbarrier_arrive_expect(uint64_t* barrier, int nbytes) {
   as_mbarrier(barrier).nbytes += nbytes;
@@ -108,10 +109,14 @@ inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {
   }
 }
 
-inline float value_of_half(uint32_t pair, int half) {
-  return __uint_as_float(half ? pair & 0xffff0000u : pair << 16);
+inline float value_of_bfloat16(uint16_t bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
+inline float value_of_float16(uint16_t bits) {
+  _Float16 x;
+  std::memcpy(&x, &bits, 2);
+  return x;
 }
-inline void multiply(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+template <class Value>
+void multiply(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Value value) {
   emulator::Lane own;
   own.words[0] = a[0] | static_cast<uint64_t>(a[1]) << 32;
   own.words[1] = a[2] | static_cast<uint64_t>(a[3]) << 32;
@@ -125,14 +130,43 @@ inline void multiply(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint3
       const int of_a = row / 8 + k / 8 * 2;
       const uint64_t a_words = lanes[row % 8 * 4 + k % 8 / 2].words[of_a / 2];
       const uint64_t b_words = lanes[column * 4 + k % 8 / 2].words[2];
-      sum += static_cast<double>(value_of_half(static_cast<uint32_t>(a_words >> of_a % 2 * 32), k % 2)) *
-             value_of_half(static_cast<uint32_t>(b_words >> k / 8 * 32), k % 2);
+      sum += static_cast<double>(value(static_cast<uint16_t>(a_words >> (of_a % 2 * 32 + k % 2 * 16)))) *
+             value(static_cast<uint16_t>(b_words >> (k / 8 * 32 + k % 2 * 16)));
     }
     acc[i] = static_cast<float>(sum);
   }
 }
+inline void multiply_bfloat16(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  multiply(acc, a, b0, b1, value_of_bfloat16);
+}
+inline void multiply_float16(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  multiply(acc, a, b0, b1, value_of_float16);
+}
+
+inline float value_of_e4m3(uint8_t byte) {
+  const int exponent = byte >> 3 & 15, mantissa = byte & 7;
+  if ((byte & 127) == 127) {
+    return NAN;
+  }
+  const float x = exponent ? std::ldexp(8.0f + mantissa, exponent - 10) : std::ldexp(1.0f * mantissa, -9);
+  return byte & 128 ? -x : x;
+}
+inline uint32_t pack_float16(float low, float high) {
+  const _Float16 x[2] = {static_cast<_Float16>(low), static_cast<_Float16>(high)};
+  uint32_t pair;
+  std::memcpy(&pair, x, 4);
+  return pair;
+}
+inline uint32_t float16_of_low_bytes(uint32_t bytes) {
+  return pack_float16(value_of_e4m3(static_cast<uint8_t>(bytes)), value_of_e4m3(static_cast<uint8_t>(bytes >> 8)));
+}
+inline uint32_t float16_of_high_bytes(uint32_t bytes) { return float16_of_low_bytes(bytes >> 16); }
+inline uint32_t swap_inner_bytes(uint32_t x) {
+  return (x & 0xff0000ffu) | (x >> 8 & 0xff00u) | (x << 8 & 0xff0000u);
+}
 
 inline float exp2_approximate(float x) { return std::exp2(x); }
+inline float log2_approximate(float x) { return std::log2(x); }
 
 template <int kCount>
 void take_registers() {}

@@ -1,0 +1,85 @@
+// Queries as operands of the products of scores, in registers.
+//
+// Their latent part becomes float16, since that is what e4m3 is decoded to, times a power of two for each head that
+// takes the greatest to 2^14 or more. So none overflows, and what is not exact any more is less than 2^-31 of the
+// greatest, by at most 2^-39 of it. The rotary part stays bfloat16, as rows have it.
+#pragma once
+
+#include "sparse_mla_block.cuh"
+
+namespace dsv32 {
+
+// What a lane holds of the first operand of each step.
+using Queries = uint32_t[kSteps][4];
+
+__device__ __forceinline__ float bfloat16_low(uint32_t pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float bfloat16_high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+__device__ __forceinline__ float power_of_two(int exponent) { return __uint_as_float((exponent + 127) << 23); }
+
+// In bfloat16; zeros for heads that do not exist.
+__device__ __forceinline__ void load_query(uint32_t (&a)[4], const SparseMlaArguments& p, const Work& work, int step,
+                                           int lane) {
+  const int g = lane / 4, t = lane % 4;
+  const auto q = static_cast<const uint16_t*>(p.q) +
+                 (static_cast<int64_t>(work.token) * p.num_heads + work.first_head) * kLatentDim;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int head = g + 8 * half;
+    const uint16_t* row = q + head * kLatentDim + step * 16;
+    a[half] = a[half + 2] = 0;
+    if (head >= work.num_heads) {
+      continue;
+    }
+    if (step < kLatentSteps) {
+      const uint2 four = *reinterpret_cast<const uint2*>(row + 4 * t);
+      a[half] = four.x;
+      a[half + 2] = four.y;
+    } else {
+      a[half] = *reinterpret_cast<const uint32_t*>(row + 2 * t);
+      a[half + 2] = *reinterpret_cast<const uint32_t*>(row + 2 * t + 8);
+    }
+  }
+}
+
+// The latent part of heads g and g + 8 to float16; back[i] undoes the factor. An infinity stays one, and the scores of
+// its head become NaN; so does NaN.
+__device__ __forceinline__ void latent_to_float16(Queries& queries, float (&back)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float greatest = 0.0f;
+#pragma unroll
+    for (int step = 0; step < kLatentSteps; ++step) {
+#pragma unroll
+      for (int i = half; i < 4; i += 2) {
+        const uint32_t pair = queries[step][i];
+        greatest = fmaxf(greatest, fmaxf(fabsf(bfloat16_low(pair)), fabsf(bfloat16_high(pair))));
+      }
+    }
+    greatest = fmaxf(greatest, __shfl_xor_sync(0xffffffffu, greatest, 1));
+    greatest = fmaxf(greatest, __shfl_xor_sync(0xffffffffu, greatest, 2));
+    // At most 2^126: queries that are less than 2^-112 become less than 2^14.
+    const int exponent = min(14 - (static_cast<int>(__float_as_uint(greatest) >> 23) - 127), 126);
+    const float forth = power_of_two(exponent);
+    back[half] = power_of_two(-exponent);
+#pragma unroll
+    for (int step = 0; step < kLatentSteps; ++step) {
+#pragma unroll
+      for (int i = half; i < 4; i += 2) {
+        uint32_t& pair = queries[step][i];
+        pair = pack_float16(bfloat16_low(pair) * forth, bfloat16_high(pair) * forth);
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ void load_queries(Queries& queries, float (&back)[2], const SparseMlaArguments& p,
+                                             const Work& work, int lane) {
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    load_query(queries[step], p, work, step, lane);
+  }
+  latent_to_float16(queries, back);
+}
+
+}  // namespace dsv32
