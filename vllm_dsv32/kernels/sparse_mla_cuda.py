@@ -25,7 +25,7 @@ SPLITS = (1, 2, 3, 4, 5, 6, 8, 16)
 leave half of the processors idle. More than eight blocks need the GPU's leave, which SM 90 gives."""
 
 _LOG2_E = 1.4426950408889634
-_START_COST = 128
+_START_COST = 192
 """Of a block, in keys: waiting for its first slots and rows, and for its last products."""
 _JOIN_COST = 64
 """Of a cluster, in keys: two barriers among its blocks, and reading each other's results."""
