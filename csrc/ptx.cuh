@@ -194,6 +194,19 @@ __device__ __forceinline__ float log2_approximate(float x) {
   return y;
 }
 
+// max(a, |b|) of two values in bfloat16 each; NaN only if both are.
+__device__ __forceinline__ uint32_t max_with_magnitude(uint32_t a, uint32_t b) {
+  uint32_t pair;
+  asm("{\n"
+      ".reg .b32 magnitude;\n"
+      "abs.bf16x2 magnitude, %2;\n"
+      "max.bf16x2 %0, %1, magnitude;\n"
+      "}\n"
+      : "=r"(pair)
+      : "r"(a), "r"(b));
+  return pair;
+}
+
 // ---- registers --------------------------------------------------------------------------------------------------
 
 // Of each thread of this warpgroup; all four warps call it.

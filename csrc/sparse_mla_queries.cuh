@@ -47,15 +47,15 @@ __device__ __forceinline__ void load_query(uint32_t (&a)[4], const SparseMlaArgu
 __device__ __forceinline__ void latent_to_float16(Queries& queries, float (&back)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float greatest = 0.0f;
+    uint32_t magnitudes = 0;  // of even and of odd dimensions
 #pragma unroll
     for (int step = 0; step < kLatentSteps; ++step) {
 #pragma unroll
       for (int i = half; i < 4; i += 2) {
-        const uint32_t pair = queries[step][i];
-        greatest = fmaxf(greatest, fmaxf(fabsf(bfloat16_low(pair)), fabsf(bfloat16_high(pair))));
+        magnitudes = max_with_magnitude(magnitudes, queries[step][i]);
       }
     }
+    float greatest = fmaxf(bfloat16_low(magnitudes), bfloat16_high(magnitudes));
     greatest = fmaxf(greatest, __shfl_xor_sync(0xffffffffu, greatest, 1));
     greatest = fmaxf(greatest, __shfl_xor_sync(0xffffffffu, greatest, 2));
     // At most 2^126: queries that are less than 2^-112 become less than 2^14.

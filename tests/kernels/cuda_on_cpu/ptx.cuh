@@ -166,6 +166,14 @@ inline uint32_t swap_inner_bytes(uint32_t x) {
 }
 
 inline float exp2_approximate(float x) { return std::exp2(x); }
+inline uint32_t max_with_magnitude(uint32_t a, uint32_t b) {
+  const auto of = [=](int shift) {
+    const float x = value_of_bfloat16(static_cast<uint16_t>(a >> shift));
+    const float y = std::fabs(value_of_bfloat16(static_cast<uint16_t>(b >> shift)));
+    return __float_as_uint(std::fmax(x, y)) >> 16;
+  };
+  return of(0) | of(16) << 16;
+}
 inline float log2_approximate(float x) { return std::log2(x); }
 
 template <int kCount>
