@@ -4,11 +4,22 @@ import math
 
 import torch
 
-__all__ = ["DIFFERENCE_LIMIT", "SELECTION_LIMIT", "num_wrong_rows", "relative_difference", "share_of_others"]
+__all__ = [
+    "DIFFERENCE_LIMIT",
+    "FP8_STEP",
+    "SELECTION_LIMIT",
+    "num_wrong_rows",
+    "relative_difference",
+    "share_of_others",
+]
 
 DIFFERENCE_LIMIT = 0.02
 """Of attention and of logits, relative to the largest value: rounding to bfloat16 and fp8 products summed in
 fewer bits than float32 has stay well below it, a wrong key or scale does not."""
+
+FP8_STEP = 0.072
+"""Between the largest values of e4m3, 416 and 448, relative to the latter: by so much values may differ that are
+quantised alike, after sums in another order."""
 
 SELECTION_LIMIT = 0.02
 """Of what two sides select by scores of their own: queries that are rounded in another order swap keys

@@ -8,7 +8,7 @@ cache, and with FlashMLA over an fp8 one: the same kernels in the same order, on
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
@@ -29,9 +29,9 @@ from vllm_dsv32.kernels.latent_insert import Latents
 from vllm_dsv32.kernels.mla_query import MlaQueries
 from vllm_dsv32.kernels.rope import RopeLayout
 from vllm_dsv32.kernels.selection import select
-from vllm_dsv32.layout import KV_LORA_RANK, ROPE_DIM
+from vllm_dsv32.layout import KV_LORA_RANK, LATENT_GROUP_SIZE, ROPE_DIM, is_fp8_ds_mla, latent_fp8_views
 
-__all__ = ["Attended", "BlockProblem", "in_tree", "ours"]
+__all__ = ["Attended", "BlockProblem", "in_tree", "latents_at", "ours", "prepare"]
 
 NOPE_DIM = 128
 Q_LORA_RANK = 1536
@@ -45,12 +45,6 @@ class Attended(NamedTuple):
     """``[T, N, 512]``."""
     slots: torch.Tensor
     """int32 ``[T, 2048]``: of what was attended to."""
-
-
-class OurBlock(Protocol):
-    """Ours attends to what it selects, or to the slots that it is given."""
-
-    def __call__(self, slots: torch.Tensor | None = None) -> Attended: ...
 
 
 Block = Callable[[], Attended]
@@ -115,22 +109,24 @@ class BlockProblem:
         )
 
 
-def ours(
-    kernels: KernelSet, x: BlockProblem, cache: torch.Tensor, index_cache: torch.Tensor, scale: float
-) -> OurBlock:
-    """As :class:`vllm_dsv32.attention.sparse_attention.SparseAttention` does it, after vLLM's norm of ``q_c``."""
+Prepared = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Queries of attention, ``[T, N, 576]``; index queries and their weights."""
+
+
+def prepare(
+    kernels: KernelSet, x: BlockProblem, cache: torch.Tensor, index_cache: torch.Tensor
+) -> Callable[[], Prepared]:
+    """What ours does before it scores: vLLM's norm of ``q_c``, then all else, and both caches written."""
     from vllm import _custom_ops
 
-    topk_slot = torch.empty(len(x.positions), TOPK, dtype=torch.int32, device="cuda")
     q_c = torch.empty_like(x.q_c)
     index_k, head_weights = x.index_k.float(), x.head_weights.float()
     key_norm = x.norm[:INDEX_DIM].float()
     key_bias = torch.zeros_like(key_norm)
-    num_selected = x.index.num_keys.clamp(max=TOPK)
 
-    def call(slots: torch.Tensor | None = None) -> Attended:
+    def call() -> Prepared:
         _custom_ops.rms_norm(q_c, x.q_c, x.norm, EPS)
-        mla_q, q_fp8, weights = kernels.keys_and_queries(
+        return kernels.keys_and_queries(
             x.positions,
             x.cos_sin,
             RopeLayout.NEOX,
@@ -139,25 +135,49 @@ def ours(
             IndexQueries(x.index_q, head_weights),
             MlaQueries(x.q, x.w_uk_t),
         )
-        if slots is None:
-            slots = topk_slot
-            select(
-                kernels,
-                q_fp8,
-                weights,
-                index_cache,
-                x.index.block_table,
-                x.index.request_ids,
-                x.index.num_keys,
-                x.index.num_keys,
-                x.index.max_num_keys,
-                x.index.block_table,
-                BLOCK_SIZE,
-                topk_slot,
-            )
-        return Attended(kernels.sparse_mla(mla_q, cache, slots, num_selected, scale)[0], slots)
 
     return call
+
+
+def ours(
+    kernels: KernelSet, x: BlockProblem, cache: torch.Tensor, index_cache: torch.Tensor, scale: float
+) -> Block:
+    """As :class:`vllm_dsv32.attention.sparse_attention.SparseAttention` does it."""
+    topk_slot = torch.empty(len(x.positions), TOPK, dtype=torch.int32, device="cuda")
+    num_selected = x.index.num_keys.clamp(max=TOPK)
+    prepared = prepare(kernels, x, cache, index_cache)
+
+    def call() -> Attended:
+        mla_q, q_fp8, weights = prepared()
+        select(
+            kernels,
+            q_fp8,
+            weights,
+            index_cache,
+            x.index.block_table,
+            x.index.request_ids,
+            x.index.num_keys,
+            x.index.num_keys,
+            x.index.max_num_keys,
+            x.index.block_table,
+            BLOCK_SIZE,
+            topk_slot,
+        )
+        return Attended(kernels.sparse_mla(mla_q, cache, topk_slot, num_selected, scale)[0], topk_slot)
+
+    return call
+
+
+def latents_at(cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """float32 ``[T, 576]``: what a cache holds at these slots, of either format."""
+    at = (slots // BLOCK_SIZE, slots % BLOCK_SIZE)
+    if not is_fp8_ds_mla(cache):
+        return cache[at].float()
+    views = latent_fp8_views(cache)
+    groups = (
+        views.nope_fp8.view(torch.uint8)[at].view(torch.float8_e4m3fn).float().unflatten(1, (-1, LATENT_GROUP_SIZE))
+    )
+    return torch.cat(((groups * views.nope_scale[at].unsqueeze(2)).flatten(1), views.rope[at].float()), dim=1)
 
 
 Topk = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]

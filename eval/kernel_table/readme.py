@@ -37,7 +37,7 @@ def render(results: Mapping[str, Any]) -> str:
 
 def _row(row: Mapping[str, Any]) -> str:
     if row["wrong"]:
-        return f"{row['point']} | wrong: not timed | | "
+        return f"{row['point']} | wrong, so no ratio | | "
     sides = [_best(row["us"][side]) for side in ("ours", "peers")]
     ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
     return " | ".join([row["point"], *sides, ratio])

@@ -265,18 +265,23 @@ def test_selection_alone(with_peers, monkeypatch):
     assert row.skipped == {"cooperative_topk": "2 of 2 rows are not the highest 2048"}
 
 
-def block_peer(factor=1.0, num_others=0):
+def block_peer(factor=1.0, num_others=0, latent_factor=1.0):
     """vLLM's side by our references; of each row so many keys are others than those that we select."""
 
     def in_tree(x, cache, index_cache, cache_format, topk, scale):
         assert (cache.dtype == torch.uint8) == (cache_format == "fp8_ds_mla")
-        ours = decode_block.ours(measurements.our_kernels(cache_format), x, cache, index_cache, scale)
+        kernels = measurements.our_kernels(cache_format)
+        ours = decode_block.ours(kernels, x, cache, index_cache, scale)
+        latents = replace(x, k_pe=latent_factor * x.k_pe)
+        prepare = decode_block.prepare(kernels, latents, cache, index_cache)
 
         def call():
             slots = ours().slots.clone()
             unused = [i for i in range(slots.max() + 2) if i not in slots]
             slots[:, :num_others] = torch.tensor(unused[:1]).expand(num_others)
-            return decode_block.Attended(factor * ours(slots).out, slots)
+            num_selected = torch.full((len(slots),), slots.shape[1], dtype=torch.int32)
+            out, _ = kernels.sparse_mla(prepare()[0], cache, slots, num_selected, scale)
+            return decode_block.Attended(factor * out, slots)
 
         return call
 
@@ -291,6 +296,7 @@ def block_peer(factor=1.0, num_others=0):
         (block_peer(num_others=200), "selection vs"),
         (block_peer(factor=1.1), "attention vs"),
         (block_peer(factor=1.1, num_others=30), "attention vs"),
+        (block_peer(latent_factor=2.0), "latents vs"),
     ],
 )
 def test_a_decode_steps_attention_as_a_whole(with_peers, monkeypatch, peer, wrong):

@@ -25,7 +25,7 @@ MAX_WAVES = 2
 LONG_ROW = 32768
 """Keys; from so many on no number of rows is."""
 
-_KEYS_OF_BLOCK = 16384
+_KEYS_OF_BLOCK = 12288
 """The fewest that are worth a block of their own: dividing a row costs barriers among the blocks."""
 
 
