@@ -46,7 +46,7 @@ def test_figures_are_those_of_the_results():
 def test_rows_of_the_table():
     assert render(MEASURED).splitlines()[4:] == [
         "| decode | B=1 | 9.2 (triton bf16) | 15.4 (FA3 bf16) | 1.67 |",
-        "| decode | B=4 | wrong: not timed | |  |",
+        "| decode | B=4 | wrong, so no ratio | |  |",
         "| index | B=1 | 5.0 (triton) | not measured |  |",
     ]
 
