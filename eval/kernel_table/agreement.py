@@ -6,7 +6,7 @@ import torch
 
 __all__ = [
     "DIFFERENCE_LIMIT",
-    "FP8_STEP",
+    "FP8_LATENT_LIMIT",
     "SELECTION_LIMIT",
     "num_wrong_rows",
     "relative_difference",
@@ -17,9 +17,9 @@ DIFFERENCE_LIMIT = 0.02
 """Of attention and of logits, relative to the largest value: rounding to bfloat16 and fp8 products summed in
 fewer bits than float32 has stay well below it, a wrong key or scale does not."""
 
-FP8_STEP = 0.072
-"""Between the largest values of e4m3, 416 and 448, relative to the latter: by so much values may differ that are
-quantised alike, after sums in another order."""
+FP8_LATENT_LIMIT = 0.1
+"""Of latents in e4m3, relative to the largest: half a step each of ours, whose scale takes the largest value to 448
+(1/28), and of vLLM's, whose scale is a power of two (1/16)."""
 
 SELECTION_LIMIT = 0.02
 """Of what two sides select by scores of their own: queries that are rounded in another order swap keys

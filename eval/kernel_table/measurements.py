@@ -11,7 +11,7 @@ from kernel_table import decode_block as decode_block_of
 from kernel_table import peers
 from kernel_table.agreement import (
     DIFFERENCE_LIMIT,
-    FP8_STEP,
+    FP8_LATENT_LIMIT,
     SELECTION_LIMIT,
     num_wrong_rows,
     relative_difference,
@@ -437,12 +437,12 @@ def _compare_blocks(
 ) -> None:
     """What is written, what is selected, and attention over what the peer has written and selected.
 
-    Random values cancel, so that a few other keys, or one that is rounded otherwise, change much of a result.
+    Random values cancel, so that a few other keys, or one that is quantised otherwise, change much of a result.
     """
     written = decode_block_of.latents_at(cache, x.slots)
     mla_q = decode_block_of.prepare(kernels, x, cache, index_cache)()[0]
     theirs = in_tree()
-    limit = FP8_STEP if is_fp8_ds_mla(cache) else DIFFERENCE_LIMIT
+    limit = FP8_LATENT_LIMIT if is_fp8_ds_mla(cache) else DIFFERENCE_LIMIT
     _judge(
         row, f"latents vs {name}", relative_difference(written, decode_block_of.latents_at(cache, x.slots)), limit
     )
