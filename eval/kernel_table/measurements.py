@@ -28,7 +28,7 @@ from kernel_table.problems import (
     latent_caches,
 )
 from kernel_table.table import Row
-from kernel_table.timing import microseconds
+from kernel_table.timing import microseconds, num_launches
 from vllm_dsv32.kernels import index_logits, sparse_mla
 from vllm_dsv32.kernels.dispatch import KernelSet, Problem, select_kernels
 from vllm_dsv32.kernels.selection import select
@@ -421,6 +421,7 @@ def decode_block(num_heads: int, batch: int, length: int) -> Row:
                 row.skipped[name] = _one_line(error)
                 continue
             others[name] = calls
+    row.launches = {name: num_launches(calls[0]) for name, calls in {**ours, **others}.items()}
     _time(row, ours, others)
     return row
 

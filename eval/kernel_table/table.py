@@ -26,6 +26,8 @@ class Row:
     differences: dict[str, float] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     """Peer to the reason."""
+    launches: dict[str, int] = field(default_factory=dict)
+    """Of a call of each contestant, where a line counts them."""
     wrong: list[str] = field(default_factory=list)
     """What makes the times worthless; such a row has no ratio."""
 
@@ -70,6 +72,7 @@ def report(rows: Iterable[Row]) -> list[dict[str, Any]]:
             "us": {"ours": row.ours, "peers": row.peers},
             "ratio": row.ratio,
             "differences": row.differences,
+            "launches": row.launches,
             "skipped": row.skipped,
             "wrong": row.wrong,
         }
@@ -85,6 +88,8 @@ def row_text(row: Row) -> str:
         "ratio   -  " if row.ratio is None else f"ratio {row.ratio:5.2f}",
         "; ".join(f"{name} {value:.1e}" for name, value in row.differences.items()),
     ]
+    if row.launches:
+        parts.append("launches: " + ", ".join(f"{name} {count}" for name, count in row.launches.items()))
     lines = [" | ".join(parts)]
     lines += [f"    {name} skipped: {reason}" for name, reason in row.skipped.items()]
     lines += [f"    WRONG: {reason}" for reason in row.wrong]

@@ -1,11 +1,13 @@
-"""Time of a GPU operation: CUDA-graph replays over rotated inputs, contestants in turn."""
+"""Time of a GPU operation: CUDA-graph replays over rotated inputs, contestants in turn; and its launches."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["microseconds"]
+__all__ = ["microseconds", "num_launches"]
 
 Call = Callable[[], object]
 
@@ -56,3 +58,11 @@ def _elapsed_ms(run: Call) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end)
+
+
+def num_launches(call: Call) -> int:
+    """Kernels, fills and copies of a call, which has been made before."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.device_type == DeviceType.CUDA for event in profiled.events())

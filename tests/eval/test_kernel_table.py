@@ -126,6 +126,7 @@ def small(monkeypatch):
     monkeypatch.setattr(measurements, "problem", on_cpu)
     monkeypatch.setattr(measurements, "_num_inputs", lambda nbytes: 2)
     monkeypatch.setattr(measurements, "microseconds", microseconds)
+    monkeypatch.setattr(measurements, "num_launches", lambda call: 4)
     monkeypatch.setattr(measurements, "PREFILL_ROWS", 6)
     monkeypatch.setattr(selection, "LOGITS_NBYTES", 4 * 4096 * 4)
     monkeypatch.setattr(measurements, "VLLM_LOGITS_NBYTES", 4 * 4096 * 5)
@@ -304,6 +305,8 @@ def test_a_decode_steps_attention_as_a_whole(with_peers, monkeypatch, peer, wron
     row = measurements.decode_block(4, 2, 2050)
     assert list(row.ours) == ["reference bf16", "reference fp8"]
     assert list(row.peers) == ["FA3 bf16, op", "FlashMLA fp8, op"]
+    assert row.launches == dict.fromkeys([*row.ours, *row.peers], 4)
+    assert "launches: reference bf16 4, reference fp8 4, FA3 bf16, op 4" in row_text(row)
     assert row.ratio == (None if wrong else 1.5)
     assert [reason.startswith(wrong) for reason in row.wrong] == ([True, True] if wrong else [])
 
