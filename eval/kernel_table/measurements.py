@@ -28,11 +28,11 @@ from kernel_table.problems import (
     latent_caches,
 )
 from kernel_table.table import Row
-from kernel_table.timing import microseconds, num_launches
+from kernel_table.timing import copy_bandwidth, microseconds, num_launches
 from vllm_dsv32.kernels import index_logits, sparse_mla
 from vllm_dsv32.kernels.dispatch import KernelSet, Problem, select_kernels
 from vllm_dsv32.kernels.selection import select
-from vllm_dsv32.layout import FP8_DS_MLA, LATENT_FP8_NBYTES, is_fp8_ds_mla
+from vllm_dsv32.layout import FP8_DS_MLA, INDEX_KEY_NBYTES, LATENT_FP8_NBYTES, is_fp8_ds_mla
 
 __all__ = [
     "FAILURES",
@@ -101,6 +101,11 @@ def _num_inputs(nbytes: int) -> int:
     return max(2, min(_MAX_INPUTS, -(-2 * l2_nbytes // nbytes)))
 
 
+def _floor_us(nbytes: int) -> float:
+    """Of keys in fp8, whose bytes are the least that any contestant reads."""
+    return nbytes / copy_bandwidth()
+
+
 # Sparse attention.
 
 
@@ -108,27 +113,26 @@ def sparse_decode(num_heads: int, batch: int) -> Row:
     """Random rows of a cache that is far larger than L2."""
     caches = _latent_caches()
     num_slots = _LATENT_BLOCKS * BLOCK_SIZE
-    inputs = [
-        SparseProblem.random(batch, num_heads, num_slots)
-        for _ in range(_num_inputs(batch * TOPK * LATENT_FP8_NBYTES))
-    ]
+    nbytes = batch * TOPK * LATENT_FP8_NBYTES
+    inputs = [SparseProblem.random(batch, num_heads, num_slots) for _ in range(_num_inputs(nbytes))]
     schemes = {
         f"{peers.FLASH_ATTN3} bf16": ("auto", peers.flash_attn3),
         f"{peers.FLASH_MLA} fp8": (FP8_DS_MLA, functools.partial(peers.flash_mla, one_request=False)),
     }
-    return _sparse(Row(f"B={batch}"), inputs, caches, schemes)
+    return _sparse(Row(f"B={batch}", floor_us=_floor_us(nbytes)), inputs, caches, schemes)
 
 
-def sparse_prefill(num_heads: int, num_keys: int) -> Row:
-    """Random rows of one request's keys, which L2 holds in whole or in part."""
+def sparse_prefill(num_heads: int, num_keys: int, overlap: float = 0.0) -> Row:
+    """Random rows of one request's keys, which L2 holds in whole or in part; neighbours share some of them."""
     caches = {name: cache[: num_keys // BLOCK_SIZE] for name, cache in _latent_caches().items()}
-    inputs = [SparseProblem.random(PREFILL_ROWS, num_heads, num_keys)]
+    inputs = [SparseProblem.random(PREFILL_ROWS, num_heads, num_keys, overlap)]
     schemes = {
         f"{peers.FLASH_MLA} prefill bf16": ("auto", peers.flash_mla_prefill),
         f"{peers.FLASH_MLA} decode fp8": (FP8_DS_MLA, functools.partial(peers.flash_mla, one_request=True)),
         f"{peers.FLASH_ATTN3} bf16": ("auto", peers.flash_attn3),
     }
-    return _sparse(Row(f"{PREFILL_ROWS} x {num_keys // 1024}K"), inputs, caches, schemes)
+    point = f"{PREFILL_ROWS} x {num_keys // 1024}K"
+    return _sparse(Row(f"{point}, {overlap} shared" if overlap else point), inputs, caches, schemes)
 
 
 Scheme = tuple[str, Callable[[SparseProblem, torch.Tensor, float], Callable[[], torch.Tensor]]]
@@ -181,8 +185,9 @@ def _compare_with_reference(row: Row, name: str, x: SparseProblem, cache: torch.
 
 def index_decode(batch: int, length: int) -> Row:
     """Requests of one row each, whose keys lie in pages at random places."""
-    row = Row(f"B={batch} x {length // 1024}K")
-    num_inputs = _num_inputs(batch * length * 132)
+    nbytes = batch * length * INDEX_KEY_NBYTES
+    row = Row(f"B={batch} x {length // 1024}K", floor_us=_floor_us(nbytes))
+    num_inputs = _num_inputs(nbytes)
     inputs = [index_problem(batch, 1, length, _INDEX_BLOCKS) for _ in range(num_inputs)]
     return _index(row, inputs, peers.deep_gemm_paged, _decode_topk_ops(batch), batch)
 
@@ -395,9 +400,10 @@ def select_decode(batch: int, length: int) -> Row:
 
 def decode_block(num_heads: int, batch: int, length: int) -> Row:
     """One token of each request, from behind its projections to its attention's result."""
-    row = Row(f"B={batch} x {length // 1024}K")
+    nbytes = batch * (length * INDEX_KEY_NBYTES + TOPK * LATENT_FP8_NBYTES)
+    row = Row(f"B={batch} x {length // 1024}K", floor_us=_floor_us(nbytes))
     caches, index_cache = _latent_caches(), _index_keys()
-    num_inputs = _num_inputs(batch * (length * 132 + TOPK * LATENT_FP8_NBYTES))
+    num_inputs = _num_inputs(nbytes)
     inputs = [BlockProblem.random(batch, num_heads, length, _LATENT_BLOCKS) for _ in range(num_inputs)]
     refusals = peers.refusals(problem(num_heads=num_heads))
     refusal = refusals.get(peers.DEEP_GEMM)

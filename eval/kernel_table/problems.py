@@ -27,11 +27,13 @@ class SparseProblem:
     """int32 ``[T]``."""
 
     @classmethod
-    def random(cls, num_tokens: int, num_heads: int, num_slots: int) -> "SparseProblem":
-        """Rows drawn at random from a cache: no two tokens share them but by chance."""
+    def random(cls, num_tokens: int, num_heads: int, num_slots: int, overlap: float = 0.0) -> "SparseProblem":
+        """Rows drawn at random from a cache; each token has such a share of them from the one before."""
+        num_others = round((1 - overlap) * TOPK)
+        drawn = torch.randint(num_slots, ((num_tokens - 1) * num_others + TOPK,), device="cuda", dtype=torch.int32)
         return cls(
             q=torch.randn(num_tokens, num_heads, LATENT_DIM, device="cuda", dtype=torch.bfloat16),
-            slots=torch.randint(num_slots, (num_tokens, TOPK), device="cuda", dtype=torch.int32),
+            slots=drawn.unfold(0, TOPK, num_others).contiguous(),
             num_valid=torch.full((num_tokens,), TOPK, device="cuda", dtype=torch.int32),
         )
 

@@ -26,6 +26,8 @@ class Row:
     differences: dict[str, float] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     """Peer to the reason."""
+    floor_us: float | None = None
+    """What reading the keys from memory takes at the speed of a copy, where they are not meant to be in a cache."""
     launches: dict[str, int] = field(default_factory=dict)
     """Of a call of each contestant, where a line counts them."""
     wrong: list[str] = field(default_factory=list)
@@ -70,6 +72,7 @@ def report(rows: Iterable[Row]) -> list[dict[str, Any]]:
         {
             "point": row.point,
             "us": {"ours": row.ours, "peers": row.peers},
+            "floor_us": row.floor_us,
             "ratio": row.ratio,
             "differences": row.differences,
             "launches": row.launches,
@@ -88,6 +91,8 @@ def row_text(row: Row) -> str:
         "ratio   -  " if row.ratio is None else f"ratio {row.ratio:5.2f}",
         "; ".join(f"{name} {value:.1e}" for name, value in row.differences.items()),
     ]
+    if row.floor_us is not None and row.ours:
+        parts.append(f"floor {row.floor_us:.1f}: {row.floor_us / min(row.ours.values()):.0%} of ours")
     if row.launches:
         parts.append("launches: " + ", ".join(f"{name} {count}" for name, count in row.launches.items()))
     lines = [" | ".join(parts)]

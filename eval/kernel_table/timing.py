@@ -1,5 +1,6 @@
-"""Time of a GPU operation: CUDA-graph replays over rotated inputs, contestants in turn; and its launches."""
+"""Time of a GPU operation: CUDA-graph replays over rotated inputs, contestants in turn; its launches; its floor."""
 
+import functools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
@@ -7,7 +8,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["microseconds", "num_launches"]
+__all__ = ["copy_bandwidth", "microseconds", "num_launches"]
 
 Call = Callable[[], object]
 
@@ -15,6 +16,7 @@ _REPEATS = 7
 _MIN_CALLS = 20
 _ENOUGH_MICROSECONDS = 20_000.0
 """Of one replay; long calls are repeated less often."""
+_COPIED_NBYTES = 1 << 30
 
 
 def microseconds(contestants: Mapping[str, Sequence[Call]]) -> dict[str, float]:
@@ -66,3 +68,12 @@ def num_launches(call: Call) -> int:
         call()
         torch.cuda.synchronize()
     return sum(event.device_type == DeviceType.CUDA for event in profiled.events())
+
+
+@functools.cache
+def copy_bandwidth() -> float:
+    """Bytes that a copy within the GPU's memory reads and writes in a microsecond, at its fastest."""
+    source = torch.empty(_COPIED_NBYTES, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    fastest = min(_elapsed_ms(functools.partial(target.copy_, source)) for _ in range(_REPEATS))
+    return 2 * _COPIED_NBYTES / (1e3 * fastest)

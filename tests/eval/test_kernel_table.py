@@ -1,6 +1,7 @@
 """The kernel benchmark without a GPU: its arithmetic, and its rows from the references in place of kernels."""
 
 import importlib.util
+import itertools
 import json
 import math
 import subprocess
@@ -15,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from kernel_table import decode_block, measurements, peers
 from kernel_table.agreement import num_wrong_rows, relative_difference
-from kernel_table.problems import BLOCK_SIZE
+from kernel_table.problems import BLOCK_SIZE, SparseProblem
 from kernel_table.table import Goal, Row, report, row_text, summary, summary_text
 from vllm_dsv32.kernels import dispatch, index_logits, selection, sparse_mla, topk_select
 
@@ -127,6 +128,7 @@ def small(monkeypatch):
     monkeypatch.setattr(measurements, "_num_inputs", lambda nbytes: 2)
     monkeypatch.setattr(measurements, "microseconds", microseconds)
     monkeypatch.setattr(measurements, "num_launches", lambda call: 4)
+    monkeypatch.setattr(measurements, "copy_bandwidth", lambda: 4e6)
     monkeypatch.setattr(measurements, "PREFILL_ROWS", 6)
     monkeypatch.setattr(selection, "LOGITS_NBYTES", 4 * 4096 * 4)
     monkeypatch.setattr(measurements, "VLLM_LOGITS_NBYTES", 4 * 4096 * 5)
@@ -160,6 +162,14 @@ def test_without_peers_ours_is_checked_and_timed(small, make):
     assert row.skipped
     assert set(row.skipped.values()) == {"takes CUDA devices, got cpu"}
     assert [name for name in row.differences if name.endswith("vs reference")]
+
+
+def test_neighbours_share_rows(small):
+    slots = SparseProblem.random(5, 1, 1 << 30, overlap=0.8).slots
+    assert slots.shape == (5, 2048)
+    for row, following in itertools.pairwise(slots.tolist()):
+        assert len(set(row) & set(following)) == 2048 - 410
+    assert measurements.sparse_prefill(16, 4096, 0.8).point == "6 x 4K, 0.8 shared"
 
 
 def attention_peer(factor=1.0, error=None):
@@ -306,7 +316,8 @@ def test_a_decode_steps_attention_as_a_whole(with_peers, monkeypatch, peer, wron
     assert list(row.ours) == ["reference bf16", "reference fp8"]
     assert list(row.peers) == ["FA3 bf16, op", "FlashMLA fp8, op"]
     assert row.launches == dict.fromkeys([*row.ours, *row.peers], 4)
-    assert "launches: reference bf16 4, reference fp8 4, FA3 bf16, op 4" in row_text(row)
+    assert row.floor_us == pytest.approx(2 * (2050 * 132 + 2048 * 656) / 4e6)
+    assert "floor 0.8: 40% of ours | launches: reference bf16 4, reference fp8 4, FA3 bf16, op 4" in row_text(row)
     assert row.ratio == (None if wrong else 1.5)
     assert [reason.startswith(wrong) for reason in row.wrong] == ([True, True] if wrong else [])
 
