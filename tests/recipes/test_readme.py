@@ -6,7 +6,7 @@ import re
 import pytest
 from recipes.pages import ROOT, Page
 
-from kernel_table.readme import NOT_MEASURED, fill, main, render
+from kernel_table.pages import fill, main, overview, whole_table
 
 README = Page(ROOT / "README.md")
 RESULTS = ROOT / "eval/results/kernels_h200.json"
@@ -37,28 +37,36 @@ MEASURED = {
 
 
 def test_figures_are_those_of_the_results():
-    content = render(json.loads(RESULTS.read_text())) if RESULTS.exists() else NOT_MEASURED
-    assert fill(README.text, content) == README.text, (
-        f"run PYTHONPATH=eval python -m kernel_table.readme {RESULTS.relative_to(ROOT)} README.md"
-    )
+    results = json.loads(RESULTS.read_text())
+    remedy = f"run PYTHONPATH=eval python -m kernel_table.pages {RESULTS.relative_to(ROOT)} README.md"
+    assert fill(README.text, overview(results)) == README.text, remedy
+    assert RESULTS.with_suffix(".md").read_text() == whole_table(results), remedy
 
 
-def test_rows_of_the_table():
-    assert render(MEASURED).splitlines()[4:] == [
+def test_a_row_for_each_line():
+    assert overview(MEASURED).splitlines()[4:] == [
+        "| decode | B=1 to B=4, 1 of 2 | 1.67 | 1.67 | 1.67 |",
+        "| index | B=1, 0 of 1 | not measured |  |  |",
+    ]
+
+
+def test_rows_of_the_whole_table():
+    assert whole_table(MEASURED).splitlines()[6:] == [
         "| decode | B=1 | 9.2 (triton bf16) | 15.4 (FA3 bf16) | 1.67 |",
-        "| decode | B=4 | wrong, so no ratio | |  |",
+        "| decode | B=4 | sides differ, so no ratio | |  |",
         "| index | B=1 | 5.0 (triton) | not measured |  |",
     ]
 
 
-def test_the_table_is_put_into_a_page(tmp_path):
+def test_the_tables_are_put_into_pages(tmp_path):
     page, results = tmp_path / "page.md", tmp_path / "results.json"
     page.write_text("before\n<!-- kernels: begin -->\nold\n<!-- kernels: end -->\nafter\n")
     results.write_text(json.dumps(MEASURED))
     assert main([str(results), str(page)]) == 0
     assert page.read_text() == (
-        f"before\n<!-- kernels: begin -->\n{render(MEASURED)}<!-- kernels: end -->\nafter\n"
+        f"before\n<!-- kernels: begin -->\n{overview(MEASURED)}<!-- kernels: end -->\nafter\n"
     )
+    assert (tmp_path / "results.md").read_text() == whole_table(MEASURED)
     with pytest.raises(ValueError, match="expected one pair of the marks"):
         fill("no marks", "")
 
