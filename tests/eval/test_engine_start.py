@@ -30,10 +30,11 @@ def test_two_starts_with_caches_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(engine_start, "visible_gpus", lambda: [""])
     out = tmp_path / "start.json"
     arguments = ["--out", str(out), "--model", str(model), "--cache", "auto", "--dtype", "float32"]
-    assert engine_start.main(arguments) == 0
+    status = engine_start.main(arguments)
     assert found_before[0] == 0
     assert found_before[1] > 0
     result = json.loads(out.read_text())
+    assert status == int(not result["passed"])  # how fast this machine is, is not tested
     assert [figure["name"] for figure in result["figures"]] == [
         "first answer, from empty caches",
         "first answer, the next time",
