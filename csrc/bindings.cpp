@@ -83,30 +83,24 @@ void require_splits(int64_t num_splits) {
           "sparse_mla_fp8: num_splits: expected 1 to 6, 8 or 16, got ", num_splits);
 }
 
-void sparse_mla_fp8(Tensor q, Tensor cache, Tensor topk_slot, Tensor num_valid, double scale_log2,
-                    int64_t num_splits, Tensor out, Tensor lse) {
-  require(q.dim() == 3 && topk_slot.dim() == 2 && cache.dim() == 3,
-          "sparse_mla_fp8: expected q, cache and topk_slot of 3, 3 and 2 dimensions, got ", q.dim(), ", ",
-          cache.dim(), " and ", topk_slot.dim());
+// Of results, the caller says what they are like.
+SparseMlaArguments sparse_mla_arguments(const char* op, const Tensor& q, const Tensor& cache, const Tensor& topk_slot,
+                                        const Tensor& num_valid, double scale_log2, const Tensor& out,
+                                        const Tensor& lse) {
+  require(q.dim() == 3 && topk_slot.dim() == 2 && cache.dim() == 3, op,
+          ": expected q, cache and topk_slot of 3, 3 and 2 dimensions, got ", q.dim(), ", ", cache.dim(), " and ",
+          topk_slot.dim());
   const int64_t num_tokens = q.size(0), num_heads = q.size(1), num_slots = topk_slot.size(1);
-  require_splits(num_splits);
-  const char* op = "sparse_mla_fp8";
   require_tensor(op, q, "q", ScalarType::BFloat16, {num_tokens, num_heads, kLatentDim});
   require_tensor(op, topk_slot, "topk_slot", ScalarType::Int, {num_tokens, num_slots});
   require_tensor(op, num_valid, "num_valid", ScalarType::Int, {num_tokens});
-  require_tensor(op, out, "out", ScalarType::BFloat16, {num_tokens, num_heads, kKvLoraRank});
-  require_tensor(op, lse, "lse", ScalarType::Float, {num_tokens, num_heads});
   require(cache.is_cuda() && cache.scalar_type() == ScalarType::Byte && cache.size(2) == kLatentFp8Nbytes &&
               cache.stride(2) == 1 && cache.stride(1) == kLatentFp8Nbytes,
-          "sparse_mla_fp8: cache: expected uint8 [num_blocks, block_size, ", kLatentFp8Nbytes, "] with dense rows");
+          op, ": cache: expected uint8 [num_blocks, block_size, ", kLatentFp8Nbytes, "] with dense rows");
   const auto rows = static_cast<const uint8_t*>(cache.data_ptr());
-  require(cache.stride(0) % 16 == 0 && reinterpret_cast<uintptr_t>(rows) % 16 == 0,
-          "sparse_mla_fp8: cache: expected pages at multiples of 16 bytes, got one every ", cache.stride(0));
-  if (num_tokens == 0) {
-    return;
-  }
-  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  const SparseMlaArguments arguments = {
+  require(cache.stride(0) % 16 == 0 && reinterpret_cast<uintptr_t>(rows) % 16 == 0, op,
+          ": cache: expected pages at multiples of 16 bytes, got one every ", cache.stride(0));
+  return {
       .q = q.data_ptr(),
       .cache = rows,
       .topk_slot = static_cast<const int32_t*>(topk_slot.data_ptr()),
@@ -120,9 +114,48 @@ void sparse_mla_fp8(Tensor q, Tensor cache, Tensor topk_slot, Tensor num_valid, 
       .num_slots = static_cast<int>(num_slots),
       .block_size = static_cast<int>(cache.size(1)),
   };
+}
+
+void sparse_mla_fp8(Tensor q, Tensor cache, Tensor topk_slot, Tensor num_valid, double scale_log2,
+                    int64_t num_splits, Tensor out, Tensor lse) {
+  const char* op = "sparse_mla_fp8";
+  require_splits(num_splits);
+  const SparseMlaArguments arguments =
+      sparse_mla_arguments(op, q, cache, topk_slot, num_valid, scale_log2, out, lse);
+  const int64_t num_tokens = q.size(0), num_heads = q.size(1);
+  require_tensor(op, out, "out", ScalarType::BFloat16, {num_tokens, num_heads, kKvLoraRank});
+  require_tensor(op, lse, "lse", ScalarType::Float, {num_tokens, num_heads});
+  if (num_tokens == 0) {
+    return;
+  }
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const char* error =
       launch_sparse_mla(arguments, static_cast<int>(num_splits), current_stream(q.get_device_index()));
-  require(error == nullptr, "sparse_mla_fp8: ", error ? error : "");
+  require(error == nullptr, op, ": ", error ? error : "");
+}
+
+void sparse_mla_fp8_wide(Tensor q, Tensor cache, Tensor topk_slot, Tensor num_valid, double scale_log2,
+                         int64_t num_splits, Tensor out, Tensor lse) {
+  const char* op = "sparse_mla_fp8_wide";
+  require(num_splits >= 1 && num_splits <= kMaxWideSplits, op, ": num_splits: expected 1 to ", kMaxWideSplits,
+          ", got ", num_splits);
+  const SparseMlaArguments arguments =
+      sparse_mla_arguments(op, q, cache, topk_slot, num_valid, scale_log2, out, lse);
+  const int64_t num_tokens = q.size(0), num_heads = q.size(1);
+  if (num_splits == 1) {
+    require_tensor(op, out, "out", ScalarType::BFloat16, {num_tokens, num_heads, kKvLoraRank});
+    require_tensor(op, lse, "lse", ScalarType::Float, {num_tokens, num_heads});
+  } else {
+    require_tensor(op, out, "out", ScalarType::Float, {num_tokens, num_splits, num_heads, kKvLoraRank});
+    require_tensor(op, lse, "lse", ScalarType::Float, {num_tokens, num_splits, num_heads});
+  }
+  if (num_tokens == 0) {
+    return;
+  }
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  const char* error =
+      launch_sparse_mla_wide(arguments, static_cast<int>(num_splits), current_stream(q.get_device_index()));
+  require(error == nullptr, op, ": ", error ? error : "");
 }
 
 // Of the current device.
@@ -192,6 +225,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_dsv32, library) {
   library.def(
       "sparse_mla_fp8(Tensor q, Tensor cache, Tensor topk_slot, Tensor num_valid, float scale_log2, int num_splits, "
       "Tensor(a!) out, Tensor(b!) lse) -> ()");
+  library.def(
+      "sparse_mla_fp8_wide(Tensor q, Tensor cache, Tensor topk_slot, Tensor num_valid, float scale_log2, "
+      "int num_splits, Tensor(a!) out, Tensor(b!) lse) -> ()");
   library.def("sparse_mla_fp8_concurrency(int num_splits) -> int");
   library.def(
       "topk_select(Tensor logits, Tensor num_keys, Tensor request_ids, Tensor block_table, int block_size, "
@@ -201,6 +237,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_dsv32, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_dsv32, CUDA, library) {
   library.impl("sparse_mla_fp8", TORCH_BOX(&sparse_mla_fp8));
+  library.impl("sparse_mla_fp8_wide", TORCH_BOX(&sparse_mla_fp8_wide));
   library.impl("topk_select", TORCH_BOX(&topk_select));
 }
 

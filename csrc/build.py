@@ -11,13 +11,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-__all__ = ["LIBRARY_NAME", "build", "find_nvcc"]
+__all__ = ["KERNEL_OPTIONS", "LIBRARY_NAME", "build", "find_nvcc"]
 
 LIBRARY_NAME = "libvllm_dsv32_sm90.so"
 _SOURCES = Path(__file__).resolve().parent
 _PACKAGE = _SOURCES.parent / "vllm_dsv32"
-_KERNELS = ("sparse_mla_sm90", "topk_select_sm90")
+_KERNELS = ("sparse_mla_sm90", "sparse_mla_wide_sm90", "topk_select_sm90")
 _SM90 = "-gencode=arch=compute_90a,code=sm_90a"
+_OPTIONS = ("-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden")
+KERNEL_OPTIONS = (*_OPTIONS, _SM90)
 _OLDEST_TORCH = "((0ULL + 2) << 56 | (0ULL + 11) << 48)"
 """The stable ABI that is used; the build's own torch may be newer."""
 
@@ -41,14 +43,13 @@ def build(directory: Path = _PACKAGE) -> Path:
         raise RuntimeError("torch is not installed; its headers are needed")
     torch = Path(spec.origin).parent
     directory.mkdir(parents=True, exist_ok=True)
-    common = [nvcc, "-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-c"]
     objects = []
     for name in _KERNELS:
         objects.append(directory / f"{name}.o")
-        _run(*common, _SM90, str(_SOURCES / f"{name}.cu"), "-o", str(objects[-1]))
+        _run(nvcc, *KERNEL_OPTIONS, "-c", str(_SOURCES / f"{name}.cu"), "-o", str(objects[-1]))
     objects.append(directory / "bindings.o")
     torch_options = (f"-I{torch / 'include'}", f"-DTORCH_TARGET_VERSION={_OLDEST_TORCH}")
-    _run(*common, *torch_options, str(_SOURCES / "bindings.cpp"), "-o", str(objects[-1]))
+    _run(nvcc, *_OPTIONS, *torch_options, "-c", str(_SOURCES / "bindings.cpp"), "-o", str(objects[-1]))
     library = directory / LIBRARY_NAME
     _run(
         nvcc,

@@ -9,9 +9,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// What the launch has allocated.
+// What the launch has allocated. Panels of matrices, of panels.cuh, want the alignment.
 __device__ __forceinline__ uint8_t* shared_memory() {
-  extern __shared__ __align__(128) uint8_t memory[];
+  extern __shared__ __align__(1024) uint8_t memory[];
   return memory;
 }
 
@@ -83,8 +83,9 @@ __device__ __forceinline__ void copy_bulk(void* shared, const void* global, int 
                : "memory");
 }
 
-// Orders what this thread has written to shared memory before later copies to it.
-__device__ __forceinline__ void fence_before_copies() {
+// Orders what this thread has written to shared memory before later copies to it, and before products of warpgroups
+// that read it. For the thread that wrote, before it tells others.
+__device__ __forceinline__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
@@ -104,6 +105,54 @@ __device__ __forceinline__ int32_t load_if(bool wanted, const int32_t* global) {
       : "l"(__cvta_generic_to_global(global)), "r"(static_cast<int>(wanted))
       : "memory");
   return x;
+}
+
+// As above, of 8 bytes and of 16.
+__device__ __forceinline__ uint2 load_pair_if(bool wanted, const void* global) {
+  uint2 x;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.s32 p, %3, 0;\n"
+      "mov.b32 %0, 0;\n"
+      "mov.b32 %1, 0;\n"
+      "@p ld.global.v2.b32 {%0, %1}, [%2];\n"
+      "}\n"
+      : "=r"(x.x), "=r"(x.y)
+      : "l"(__cvta_generic_to_global(global)), "r"(static_cast<int>(wanted))
+      : "memory");
+  return x;
+}
+
+__device__ __forceinline__ uint4 load_quad_if(bool wanted, const void* global) {
+  uint4 x;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.s32 p, %5, 0;\n"
+      "mov.b32 %0, 0;\n"
+      "mov.b32 %1, 0;\n"
+      "mov.b32 %2, 0;\n"
+      "mov.b32 %3, 0;\n"
+      "@p ld.global.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+      "}\n"
+      : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+      : "l"(__cvta_generic_to_global(global)), "r"(static_cast<int>(wanted))
+      : "memory");
+  return x;
+}
+
+// To the second-level cache.
+__device__ __forceinline__ void prefetch(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(global)) : "memory");
+}
+
+// ---- stores -----------------------------------------------------------------------------------------------------
+
+// To shared memory, at a multiple of 16.
+__device__ __forceinline__ void store_chunk(uint32_t address, const uint4& x) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+               : "memory");
 }
 
 // ---- matrices ---------------------------------------------------------------------------------------------------
@@ -179,6 +228,21 @@ __device__ __forceinline__ uint32_t pack_float16(float low, float high) {
 // Bytes 0, 2, 1, 3.
 __device__ __forceinline__ uint32_t swap_inner_bytes(uint32_t bytes) { return __byte_perm(bytes, 0, 0x3120); }
 
+// ---- pairs of bfloat16 ------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+  uint32_t x;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
+  return x;
+}
+
+// Rounded once.
+__device__ __forceinline__ uint32_t multiply_add_pairs(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t x;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(x) : "r"(a), "r"(b), "r"(c));
+  return x;
+}
+
 // ---- functions --------------------------------------------------------------------------------------------------
 
 // What exp2f adds to these is the care for subnormal arguments and results, which weights do without.
@@ -208,6 +272,12 @@ __device__ __forceinline__ uint32_t max_with_magnitude(uint32_t a, uint32_t b) {
 }
 
 // ---- registers --------------------------------------------------------------------------------------------------
+
+// The same value, of which the compiler no longer knows where it came from: what is computed from it is computed anew.
+__device__ __forceinline__ uint32_t forget_origin(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 // Of each thread of this warpgroup; all four warps call it.
 template <int kCount>

@@ -1,14 +1,12 @@
 // What the warps of a block share: its sizes, its shared memory, its work.
 #pragma once
 
-#include "layout.h"
 #include "ptx.cuh"
-#include "sparse_mla_sm90.h"
+#include "sparse_mla_work.cuh"
 
 namespace dsv32 {
 
 constexpr int kTileHeads = 16;  // of a block: the rows of both products
-constexpr int kTileKeys = 64;
 
 constexpr int kWarpgroup = 128;
 constexpr int kNumScoreWarps = 4;  // 16 keys of a tile each
@@ -39,10 +37,6 @@ constexpr int kOutPitch = kKvLoraRank + 16;
 constexpr int kScoreBarrier = 1;
 constexpr int kValueBarrier = 2;
 
-__host__ __device__ __forceinline__ int num_head_tiles(int num_heads) {
-  return (num_heads + kTileHeads - 1) / kTileHeads;
-}
-
 struct Shared {
   alignas(128) uint8_t rows[kStages][kTileKeys][kLatentFp8Nbytes];
   // In float16: weights times the scale of each group.
@@ -65,19 +59,6 @@ static_assert(sizeof(Shared) <= 227 * 1024);
 // The output of a split takes the place of the first rows, once all are used.
 static_assert(kTileHeads * kOutPitch * 4 <= kTileKeys * kLatentFp8Nbytes);
 
-// Where in a ring of stages a warp is.
-template <int kNumStages>
-struct Turn {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void next() {
-    if (++stage == kNumStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 // The place of a block in the launch. Clusters of more than one block have one work; blocks that stand alone take one
 // work after the other, so that rows of the next one arrive while the last one is finished.
 struct Place {
@@ -92,26 +73,19 @@ struct Place {
     rank = blockIdx.x % splits;
     first_work = blockIdx.x / splits;
     stride = gridDim.x / splits;
-    num_works = p.num_tokens * num_head_tiles(p.num_heads);
+    num_works = p.num_tokens * num_head_tiles(p.num_heads, kTileHeads);
   }
 };
 
 // The part of the problem that a block computes at a time.
-struct Work {
-  int token;
-  int first_head;
-  int num_heads;  // that exist, from the first on; the others are computed as zeros and not stored
+struct Work : HeadTile<kTileHeads> {
   // Tiles go round the blocks of a cluster, so that where the first one's slots are is known before the count of keys.
   const int32_t* slots;  // from the first tile of this block on, those of other blocks included
   int num_slots;         // from there on
   int num_keys;          // from there on
   int keys_to_next_tile;
 
-  __device__ __forceinline__ Work(const SparseMlaArguments& p, const Place& place, int index) {
-    const int num_tiles_of_heads = num_head_tiles(p.num_heads);
-    token = index / num_tiles_of_heads;
-    first_head = index % num_tiles_of_heads * kTileHeads;
-    num_heads = min(kTileHeads, p.num_heads - first_head);
+  __device__ __forceinline__ Work(const SparseMlaArguments& p, const Place& place, int index) : HeadTile(p, index) {
     const int begin = place.rank * kTileKeys;
     keys_to_next_tile = place.num_splits * kTileKeys;
     slots = p.topk_slot + static_cast<int64_t>(token) * p.num_slots + begin;

@@ -7,12 +7,6 @@ namespace dsv32 {
 
 constexpr int kRowsOfCopyWarp = kTileKeys / kNumCopyWarps;
 
-__device__ __forceinline__ const uint8_t* row_of_slot(const SparseMlaArguments& p, int slot) {
-  const unsigned block = static_cast<unsigned>(slot) / static_cast<unsigned>(p.block_size);
-  const unsigned offset = slot - block * p.block_size;
-  return p.cache + block * p.page_nbytes + offset * kLatentFp8Nbytes;
-}
-
 // By all lanes of a warp.
 __device__ __forceinline__ void clear_row(uint8_t* row, int lane) {
   for (int i = lane * 16; i < kLatentFp8Nbytes; i += 32 * 16) {
@@ -43,7 +37,7 @@ __device__ __forceinline__ void copy_tiles(Turn<kStages>& turn, Shared& shared, 
       for (int i = num_rows; i < kRowsOfCopyWarp; ++i) {
         clear_row(rows[first + i], lane);
       }
-      fence_before_copies();
+      fence_async_proxy();
       __syncwarp();
     }
     if (lane == 0) {

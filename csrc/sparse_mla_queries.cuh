@@ -5,15 +5,13 @@
 // greatest, by at most 2^-39 of it. The rotary part stays bfloat16, as rows have it.
 #pragma once
 
+#include "bfloat16_pairs.cuh"
 #include "sparse_mla_block.cuh"
 
 namespace dsv32 {
 
 // What a lane holds of the first operand of each step.
 using Queries = uint32_t[kSteps][4];
-
-__device__ __forceinline__ float bfloat16_low(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float bfloat16_high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 
 __device__ __forceinline__ float power_of_two(int exponent) { return __uint_as_float((exponent + 127) << 23); }
 

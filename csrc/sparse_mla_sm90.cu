@@ -124,7 +124,7 @@ ClusterShape cluster_of(int num_splits) { return {num_splits, kNumThreads, stati
 }  // namespace
 
 const char* launch_sparse_mla(const SparseMlaArguments& arguments, int num_splits, void* stream) {
-  const int num_works = arguments.num_tokens * num_head_tiles(arguments.num_heads);
+  const int num_works = arguments.num_tokens * num_head_tiles(arguments.num_heads, kTileHeads);
   int device = 0, num_multiprocessors = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device);

@@ -27,4 +27,10 @@ constexpr int kSplitCounts[] = {1, 2, 3, 4, 5, 6, 8, 16};
 const char* launch_sparse_mla(const SparseMlaArguments& arguments, int num_splits, void* stream);
 const char* count_sparse_mla_clusters(int num_splits, int* count);
 
+// The same for more heads. Of more than one split, each gives out what it has on its own: out is
+// float32 [num_tokens, num_splits, num_heads, 512], lse [num_tokens, num_splits, num_heads] to the base 2, and what
+// belongs to splits without keys is not written.
+constexpr int kMaxWideSplits = 32;
+const char* launch_sparse_mla_wide(const SparseMlaArguments& arguments, int num_splits, void* stream);
+
 }  // namespace dsv32

@@ -6,14 +6,12 @@
 // lane's results, columns 2 t and 2 t + 1 of either, are dimensions 4 t to 4 t + 3.
 #pragma once
 
-#include <cuda_bf16.h>
-
 #include "sparse_mla_block.cuh"
+#include "sparse_mla_store.cuh"
 
 namespace dsv32 {
 
 constexpr int kUnitsOfWarp = kDimsOfWarp / 16;
-constexpr float kLn2 = 0.6931471805599453f;
 
 // For each 16 dimensions: the even ones, and the odd ones.
 using Sums = float[kUnitsOfWarp][2][4];
@@ -78,23 +76,9 @@ __device__ __forceinline__ void sum_tiles(Sums& sums, ValueTurns& turns, Shared&
   }
 }
 
-__device__ __forceinline__ void store_quad(const SparseMlaArguments& p, const Work& work, int head, int dim,
-                                           const float4& x) {
-  const __nv_bfloat162 low = __floats2bfloat162_rn(x.x, x.y), high = __floats2bfloat162_rn(x.z, x.w);
-  const int64_t row = static_cast<int64_t>(work.token) * p.num_heads + work.first_head + head;
-  *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(p.out) + row * kKvLoraRank + dim) =
-      make_uint2(reinterpret_cast<const uint32_t&>(low), reinterpret_cast<const uint32_t&>(high));
+__device__ __forceinline__ int64_t row_of_head(const SparseMlaArguments& p, const Work& work, int head) {
+  return static_cast<int64_t>(work.token) * p.num_heads + work.first_head + head;
 }
-
-// Without keys: minus infinity.
-__device__ __forceinline__ void store_lse(const SparseMlaArguments& p, const Work& work, int head, float subtracted,
-                                          float total) {
-  p.lse[static_cast<int64_t>(work.token) * p.num_heads + work.first_head + head] =
-      total == 0.0f ? -INFINITY : (subtracted + log2f(total)) * kLn2;
-}
-
-// Without keys, sums are zero.
-__device__ __forceinline__ float normaliser(float total) { return total == 0.0f ? 0.0f : 1.0f / total; }
 
 __device__ __forceinline__ void store_sums(const Sums& sums, ValueTurns& turns, Shared& shared,
                                            const SparseMlaArguments& p, const Work& work, int warp, int lane) {
@@ -114,15 +98,16 @@ __device__ __forceinline__ void store_sums(const Sums& sums, ValueTurns& turns, 
     }
     const float2 softmax = softmax_of_half[half];
     const float factor = normaliser(softmax.y);
+    const int64_t row = row_of_head(p, work, head);
 #pragma unroll
     for (int unit = 0; unit < kUnitsOfWarp; ++unit) {
       const float* even = &sums[unit][0][2 * half];
       const float* odd = &sums[unit][1][2 * half];
-      store_quad(p, work, head, warp * kDimsOfWarp + unit * 16 + 4 * t,
+      store_quad(p, row, warp * kDimsOfWarp + unit * 16 + 4 * t,
                  make_float4(even[0] * factor, odd[0] * factor, even[1] * factor, odd[1] * factor));
     }
     if (warp == 0 && t == 0) {
-      store_lse(p, work, head, softmax.x, softmax.y);
+      p.lse[row] = lse_log2(softmax.x, softmax.y) * kLn2;
     }
   }
 }
@@ -194,9 +179,10 @@ __device__ __forceinline__ void join_sums(Shared& shared, const SparseMlaArgumen
       sum.x += x.x * weight, sum.y += x.y * weight, sum.z += x.z * weight, sum.w += x.w * weight;
     }
     const float factor = normaliser(total);
-    store_quad(p, work, head, dim, make_float4(sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor));
+    const int64_t row = row_of_head(p, work, head);
+    store_quad(p, row, dim, make_float4(sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor));
     if (dim == 0) {
-      store_lse(p, work, head, subtracted, total);
+      p.lse[row] = lse_log2(subtracted, total) * kLn2;
     }
   }
 }

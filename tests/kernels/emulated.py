@@ -1,6 +1,7 @@
 """CUDA kernels as functions of a C library, every thread of them, under an emulator of their instructions."""
 
 import ctypes
+import importlib.util
 import shutil
 import subprocess
 from pathlib import Path
@@ -21,3 +22,11 @@ def emulated(name: str, directory: Path) -> ctypes.CDLL:
     command = ["g++", "-std=c++20", "-O2", "-w", "-shared", "-fPIC", f"-I{directory}"]
     subprocess.run([*command, str(directory / f"{name}.cpp"), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
+
+
+def load_build():
+    """csrc/build.py, which is in no package."""
+    spec = importlib.util.spec_from_file_location("csrc_build", SOURCES / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -186,16 +186,11 @@ def _cuda_topk_refuses(problem: Problem) -> Refusal:
     return _library_kernel_refuses(problem)
 
 
-_CUDA_HEADS = 32
-
-
 def _cuda_attention_refuses(problem: Problem) -> Refusal:
     if problem.cache_format != FP8_DS_MLA:
         return f"takes the cache format {FP8_DS_MLA}, got {problem.cache_format}"
     if problem.dtype != torch.bfloat16:
         return f"takes models in bfloat16, got {problem.dtype}"
-    if problem.num_heads > _CUDA_HEADS:
-        return f"takes at most {_CUDA_HEADS} heads, got {problem.num_heads}"
     return _library_kernel_refuses(problem)
 
 

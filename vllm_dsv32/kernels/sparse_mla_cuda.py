@@ -2,14 +2,14 @@
 
 A block attends a share of the keys of one token for 16 heads. The shares of a token are the blocks of a cluster,
 which join their results in each other's shared memory: no second launch, no counters, the same sums every time.
-More heads are more blocks, each of which reads the rows.
+More heads are more blocks, each of which reads the rows; from 33 on they are for another kernel.
 """
 
 from functools import cache
 
 import torch
 
-from vllm_dsv32.kernels import cuda_library
+from vllm_dsv32.kernels import cuda_library, sparse_mla_cuda_wide
 from vllm_dsv32.layout import KV_LORA_RANK, is_fp8_ds_mla
 
 __all__ = ["HEADS", "KEYS", "MAX_HEADS", "SPLITS", "sparse_mla", "split_count"]
@@ -19,7 +19,7 @@ HEADS = 16
 KEYS = 64
 """Of a tile."""
 MAX_HEADS = 32
-"""Beyond, blocks that read the same rows take longer than one that holds more heads."""
+"""Beyond, blocks that read the same rows take longer than one that holds more heads: sparse_mla_cuda_wide."""
 SPLITS = (1, 2, 3, 4, 5, 6, 8, 16)
 """Blocks of a cluster: kSplitCounts of csrc/sparse_mla_sm90.h. With powers of two alone, 16 or 32 clusters would
 leave half of the processors idle. More than eight blocks need the GPU's leave, which SM 90 gives."""
@@ -38,15 +38,18 @@ def sparse_mla(
     num_valid: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`vllm_dsv32.kernels.sparse_mla.reference`; products are of float16, but for the rotary part.
+    """See :func:`vllm_dsv32.kernels.sparse_mla.reference`; for up to 32 heads and for more, products differ.
 
-    Queries are exact, but for those below ``2**-31`` of the greatest of their head: these are off by at most
-    ``2**-39`` of it. A key's weight, times the scale of a group, is rounded to float16: to 11 bits down to
-    ``2**-28`` of the greatest such product of the head and the token's keys, to fewer below. An infinite query,
-    a NaN in a row, and scores or scales beyond the range of float32 give NaN.
+    Up to 32: of float16, but for the rotary part. Queries are exact, but for those below ``2**-31`` of the greatest
+    of their head: these are off by at most ``2**-39`` of it. A key's weight, times the scale of a group, is rounded
+    to float16: to 11 bits down to ``2**-28`` of the greatest such product of the head and the token's keys, to
+    fewer below. An infinite query, a NaN in a row, and scores or scales beyond the range of float32 give NaN.
+
+    More: of bfloat16, to which rows and weights are rounded. Queries of ``2**68`` and more overflow. A NaN in a row
+    gives NaN if it is that of a scale or of the rotary part; its e4m3 code counts as 480.
 
     Raises:
-        ValueError: queries or a cache of another type; too many heads; or pages that are not aligned.
+        ValueError: queries or a cache of another type; or pages that are not aligned.
         RuntimeError: the library was not built.
     """
     num_tokens, num_heads, _ = q.shape
@@ -54,8 +57,6 @@ def sparse_mla(
         raise ValueError(f"sparse_mla in CUDA takes queries in bfloat16, got {q.dtype}; choose triton")
     if not is_fp8_ds_mla(cache):
         raise ValueError(f"sparse_mla in CUDA takes a cache in fp8_ds_mla, got {cache.dtype}; choose gluon")
-    if num_heads > MAX_HEADS:
-        raise ValueError(f"sparse_mla in CUDA takes at most {MAX_HEADS} heads, got {num_heads}; choose triton")
     if cache.stride(0) % 16:
         raise ValueError(f"latent cache: expected pages at multiples of 16 bytes, got one every {cache.stride(0)}")
     cuda_library.require()
@@ -63,18 +64,13 @@ def sparse_mla(
     lse = q.new_empty((num_tokens, num_heads), dtype=torch.float32)
     if num_tokens == 0:
         return out, lse
+    q, topk_slot, scale_log2 = q.contiguous(), topk_slot.contiguous(), scale * _LOG2_E
+    if num_heads > MAX_HEADS:
+        sparse_mla_cuda_wide.attend(q, cache, topk_slot, num_valid, scale_log2, out, lse)
+        return out, lse
     num_programs = num_tokens * -(-num_heads // HEADS)
     num_splits = split_count(num_programs, topk_slot.shape[1], _concurrency(q.device))
-    torch.ops.vllm_dsv32.sparse_mla_fp8(
-        q.contiguous(),
-        cache,
-        topk_slot.contiguous(),
-        num_valid,
-        scale * _LOG2_E,
-        num_splits,
-        out,
-        lse,
-    )
+    torch.ops.vllm_dsv32.sparse_mla_fp8(q, cache, topk_slot, num_valid, scale_log2, num_splits, out, lse)
     return out, lse
 
 

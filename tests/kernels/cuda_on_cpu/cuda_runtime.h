@@ -108,6 +108,16 @@ inline bool __any_sync(unsigned, bool x) {
   return std::any_of(lanes, lanes + 32, [](const emulator::Lane& lane) { return lane.words[0] != 0; });
 }
 
+// Nibble i of the selector says which of the eight bytes is byte i.
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const uint64_t bytes = a | static_cast<uint64_t>(b) << 32;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= static_cast<unsigned>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  }
+  return result;
+}
+
 inline unsigned __float_as_uint(float x) {
   unsigned bits;
   std::memcpy(&bits, &x, 4);

@@ -7,6 +7,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -40,7 +41,21 @@ struct Block {
   std::map<int, Rendezvous> barriers;
   uint8_t* memory;
   size_t nbytes;
+  std::vector<uint8_t> seen_by_products;  // of shared memory; what was written since, a fence makes visible
   int num_done = 0;
+};
+
+// Products of a warpgroup that are not known to be done, as one thread has them.
+struct Products {
+  struct Sums {
+    std::vector<float> values;
+    int num_pending = 0;
+  };
+  std::map<const float*, Sums> sums;
+  long num_started = 0;
+  long num_done = 0;
+  std::deque<long> groups;  // started up to their end
+  bool is_fenced = false;
 };
 
 struct Thread {
@@ -51,6 +66,8 @@ struct Thread {
   bool done = false;
   std::function<bool()> ready;  // while it waits
   std::deque<std::function<void()>> background;
+  std::vector<uint32_t> unfenced;  // chunks of shared memory that it has written
+  Products products;
 };
 
 inline std::vector<Thread> threads;
@@ -66,6 +83,12 @@ inline void wait_until(std::function<bool()> ready) {
     current->ready = std::move(ready);
     swapcontext(&current->context, &scheduler);
   }
+}
+
+// Lets others go on first.
+inline void give_way() {
+  current->ready = [] { return true; };
+  swapcontext(&current->context, &scheduler);
 }
 
 inline void meet(Rendezvous& meeting, int count) {
@@ -108,6 +131,7 @@ inline void run_cluster(int num_blocks, int num_threads, size_t nbytes, std::fun
     block->nbytes = nbytes;
     block->memory = static_cast<uint8_t*>(std::aligned_alloc(1024, (nbytes + 1023) / 1024 * 1024));
     std::memset(block->memory, 0xff, nbytes);  // NaN as any type
+    block->seen_by_products.assign(nbytes, 0xff);
     for (int t = 0; t < num_threads; ++t) {
       Thread& thread = threads[b * num_threads + t];
       thread.block = block.get();
@@ -125,8 +149,10 @@ inline void run_cluster(int num_blocks, int num_threads, size_t nbytes, std::fun
   constexpr int kPatience = 1000;  // rounds
   // Chances in 16 to be passed over. Some warps are slow, so that others run far ahead of them where they may.
   std::vector<unsigned> pause(num_warps);
-  for (auto& chance : pause) {
-    chance = random_numbers() % 4 ? 2 : 15;
+  std::vector<unsigned> linger(num_warps);  // what is done in the background
+  for (size_t warp = 0; warp < num_warps; ++warp) {
+    pause[warp] = random_numbers() % 4 ? 2 : 15;
+    linger[warp] = random_numbers() % 2 ? 5 : 15;
   }
   int num_rounds_without = 0;
   for (;;) {
@@ -139,13 +165,17 @@ inline void run_cluster(int num_blocks, int num_threads, size_t nbytes, std::fun
       }
       for (size_t t = warp * 32; t < (warp + 1) * 32; ++t) {
         Thread& thread = threads[t];
-        while (!thread.background.empty() && random_numbers() % 3) {
+        while (!thread.background.empty() && random_numbers() % 16 >= linger[warp]) {
           thread.background.front()();
           thread.background.pop_front();
           progress = true;
         }
         progress = progress || !thread.background.empty();
         if (thread.done || (thread.ready && !thread.ready())) {
+          continue;
+        }
+        if (random_numbers() % 8 == 0) {  // lanes do not run in step
+          progress = true;
           continue;
         }
         thread.ready = nullptr;

@@ -1,6 +1,7 @@
 // The functions of csrc/ptx.cuh for the emulator, written from the PTX manual, not from that file.
 #pragma once
 
+#include "cuda_bf16.h"
 #include "cuda_runtime.h"
 
 namespace dsv32 {
@@ -62,8 +63,16 @@ inline void mbarrier_init(uint64_t* barrier, int count) {
   as_mbarrier(barrier) = {static_cast<uint16_t>(count), static_cast<uint8_t>(count), 0, 0};
 }
 inline void fence_mbarrier_init() {}
-inline void fence_before_copies() {}
-inline void mbarrier_arrive(uint64_t* barrier) { as_mbarrier(barrier).arrive(); }
+inline void fence_async_proxy() {
+  for (const uint32_t address : current->unfenced) {
+    std::memcpy(current->block->seen_by_products.data() + address, current->block->memory + address, 16);
+  }
+  current->unfenced.clear();
+}
+inline void mbarrier_arrive(uint64_t* barrier) {
+  as_mbarrier(barrier).arrive();
+  emulator::give_way();
+}
 inline void mbarrier_arrive_expect(uint64_t* barrier, int nbytes) {
   as_mbarrier(barrier).nbytes += nbytes;
   as_mbarrier(barrier).arrive();
@@ -89,6 +98,23 @@ inline void copy_bulk(void* shared, const void* global, int nbytes, uint64_t* ba
 }
 
 inline int32_t load_if(bool wanted, const int32_t* global) { return wanted ? *global : 0; }
+template <class T>
+T load_aligned_if(bool wanted, const void* global) {
+  if (wanted && reinterpret_cast<uintptr_t>(global) % sizeof(T)) {
+    std::fprintf(stderr, "a misaligned load\n");
+    std::abort();
+  }
+  return wanted ? *static_cast<const T*>(global) : T{};
+}
+inline uint2 load_pair_if(bool wanted, const void* global) { return load_aligned_if<uint2>(wanted, global); }
+inline uint4 load_quad_if(bool wanted, const void* global) { return load_aligned_if<uint4>(wanted, global); }
+
+inline void prefetch(const void* global) { *static_cast<const volatile uint8_t*>(global); }
+
+inline void store_chunk(uint32_t address, const uint4& x) {
+  std::memcpy(at(address, 16), &x, 16);
+  current->unfenced.push_back(address);
+}
 
 inline void load_matrices(uint32_t (&r)[4], uint32_t address) {
   const emulator::Lane* lanes = emulator::exchange({{address}});
@@ -164,6 +190,20 @@ inline uint32_t float16_of_high_bytes(uint32_t bytes) { return float16_of_low_by
 inline uint32_t swap_inner_bytes(uint32_t x) {
   return (x & 0xff0000ffu) | (x >> 8 & 0xff00u) | (x << 8 & 0xff0000u);
 }
+
+// In double, products are exact, and of these sums at most the last bits are lost.
+inline uint32_t multiply_add_pairs(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result = 0;
+  for (int half = 0; half < 2; ++half) {
+    const auto value = [=](uint32_t pair) { return value_of_bfloat16(static_cast<uint16_t>(pair >> 16 * half)); };
+    const double x = static_cast<double>(value(a)) * value(b) + value(c);
+    result |= static_cast<uint32_t>(__float2bfloat16_rn(static_cast<float>(x)).bits) << 16 * half;
+  }
+  return result;
+}
+inline uint32_t multiply_pairs(uint32_t a, uint32_t b) { return multiply_add_pairs(a, b, 0x80008000u); }
+
+inline uint32_t forget_origin(uint32_t x) { return x; }
 
 inline float exp2_approximate(float x) { return std::exp2(x); }
 inline uint32_t max_with_magnitude(uint32_t a, uint32_t b) {

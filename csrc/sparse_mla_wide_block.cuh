@@ -1,0 +1,74 @@
+// What the warps of a block for 64 heads share: its sizes, its shared memory, its work.
+#pragma once
+
+#include "panels.cuh"
+#include "ptx.cuh"
+#include "sparse_mla_work.cuh"
+
+namespace dsv32::wide {
+
+constexpr int kTileHeads = 64;  // of a block: the rows of both products
+static_assert(kTileHeads == kPanelRows && kTileKeys == kPanelRows);
+
+constexpr int kWarpgroup = 128;
+constexpr int kNumThreads = 3 * kWarpgroup;
+
+// Of a thread of the warpgroups of scores, values and rows: together what the launch gives them, 168 each.
+constexpr int kScoreRegisters = 216;
+constexpr int kValueRegisters = 176;
+constexpr int kRowRegisters = 112;
+static_assert(kScoreRegisters + kValueRegisters + kRowRegisters <= 3 * 168);
+
+// Columns of queries and of decoded rows are in the order in which bytes are decoded. Of 128 latents, which share a
+// scale, one panel holds those whose index is even and the next one the others: chunk u of either holds the eight of
+// latents 16 u to 16 u + 15. The last panel holds what is rotated, in its own order.
+constexpr int kNumPanels = kLatentDim / kPanelColumns;
+constexpr int kRopePanel = kNumPanels - 1;
+static_assert(kLatentGroupSize == 2 * kPanelColumns);
+
+// Each warpgroup that sums takes half of the latents. Rows are handed on by halves; to the right one belongs what is
+// rotated.
+constexpr int kLeft = 0;
+constexpr int kRight = 1;
+constexpr int kPanelsOfHalf = kKvLoraRank / 2 / kPanelColumns;
+constexpr int kGroupsOfHalf = kNumGroups / 2;
+
+constexpr int kStages = 2;  // of rows
+constexpr int kValueSteps = kTileKeys / 16;
+
+struct Shared {
+  // Latents of queries times 2^60, those of rows times 2^-60.
+  alignas(kPanelAlignment) uint8_t queries[kNumPanels][kPanelNbytes];
+  alignas(kPanelAlignment) uint8_t rows[kStages][kNumPanels][kPanelNbytes];
+  // As each thread of a warpgroup holds them: weights as operands, and the factors of its two heads' sums.
+  uint4 weights[kValueSteps][kWarpgroup];
+  float2 factors[kWarpgroup];
+  uint64_t queries_full;
+  uint64_t rows_full[kStages][2];  // of halves
+  uint64_t rows_free[kStages][2];
+  uint64_t weights_full;
+  uint64_t weights_free;
+};
+static_assert(sizeof(Shared) <= 227 * 1024);
+
+// The part of the problem that a block computes at a time: a split of the keys of a token, as keys_of_split of
+// vllm_dsv32/kernels/sparse_mla_join_triton.py has it.
+struct Work : HeadTile<kTileHeads> {
+  int num_keys;  // of the split
+  int num_tiles;
+  const int32_t* slots;  // of these keys
+
+  __device__ __forceinline__ Work(const SparseMlaArguments& p, int index, int split, int num_splits)
+      : HeadTile(p, index) {
+    const int num_valid = max(0, min(p.num_valid[token], p.num_slots));
+    // Whole tiles, at least one, so that few keys leave splits empty.
+    const int keys_of_split = (num_valid + num_splits - 1) / num_splits;
+    const int tiles_of_split = max(1, (keys_of_split + kTileKeys - 1) / kTileKeys);
+    const int begin = split * tiles_of_split * kTileKeys;
+    num_keys = max(0, min(tiles_of_split * kTileKeys, num_valid - begin));
+    num_tiles = (num_keys + kTileKeys - 1) / kTileKeys;
+    slots = p.topk_slot + static_cast<int64_t>(token) * p.num_slots + begin;
+  }
+};
+
+}  // namespace dsv32::wide

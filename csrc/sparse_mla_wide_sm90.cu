@@ -1,0 +1,138 @@
+// sparse_mla for an fp8_ds_mla cache and 64 heads at a time, on SM 90.
+//
+// A block attends all keys of one token, or a split of them, 64 at a time, with products of warpgroups. Three
+// warpgroups: one decodes rows to bfloat16 in shared memory, one computes scores and weights and sums half of the
+// latents, one sums the other half. So many heads repay a decoded copy: each of its values is used 128 times.
+// What splits give out is joined by another launch.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "launch.cuh"
+#include "sparse_mla_sm90.h"
+#include "sparse_mla_wide_queries.cuh"
+#include "sparse_mla_wide_rows.cuh"
+#include "sparse_mla_wide_scores.cuh"
+#include "sparse_mla_wide_values.cuh"
+
+namespace dsv32 {
+namespace wide {
+namespace {
+
+// The works of a block: one after the other, so that rows of the next one are decoded while the last one is stored.
+template <class Compute>
+__device__ __forceinline__ void for_each_work(const SparseMlaArguments& p, int num_splits, Compute compute) {
+  const int num_works = p.num_tokens * num_head_tiles(p.num_heads, kTileHeads) * num_splits;
+  for (int index = blockIdx.x; index < num_works; index += gridDim.x) {
+    const int split = index % num_splits;
+    const Work work(p, index / num_splits, split, num_splits);
+    // Of what is given out: tokens, splits, heads.
+    const int64_t first_row = (static_cast<int64_t>(work.token) * num_splits + split) * p.num_heads + work.first_head;
+    compute(work, first_row);
+  }
+}
+
+// The same in all lanes, which the compiler cannot know of threadIdx. Each role asks for itself: what all of them had
+// would take a register of each.
+__device__ __forceinline__ int warp_of_thread() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
+
+__device__ __forceinline__ void score_works(Shared& shared, const SparseMlaArguments& p, int num_splits) {
+  const int warp = warp_of_thread() % 4, lane = threadIdx.x % 32;
+  ScoreTurns turns;
+  for_each_work(p, num_splits, [&](const Work& work, int64_t first_row) {
+    Sums sums = {};
+    Softmax softmax;
+    mbarrier_wait(&shared.queries_full, turns.queries.parity);
+    turns.queries.next();
+    if (work.num_tiles > 0) {
+      score_tiles(sums, softmax, turns, shared, p, work, warp * 32 + lane);
+    }
+    const float2 total = make_float2(sum_of_quad(softmax.total.x), sum_of_quad(softmax.total.y));
+    const float2 factor = make_float2(normaliser(total.x) * kTwoPow60, normaliser(total.y) * kTwoPow60);
+    wait_to_hand_over(shared, turns.weights);
+    hand_over_factors(shared, turns.weights, factor, warp * 32 + lane);
+    const bool is_split = num_splits > 1;
+    if (is_split && work.num_tiles == 0) {
+      return;
+    }
+    store_sums<kLeft>(sums, factor, p, work, first_row, is_split, warp, lane);
+    const int head = warp * 16 + lane / 4;
+    const float base = is_split ? 1.0f : kLn2;
+    if (lane % 4 == 0 && head < work.num_heads) {
+      p.lse[first_row + head] = lse_log2(softmax.highest.x, total.x) * base;
+    }
+    if (lane % 4 == 0 && head + 8 < work.num_heads) {
+      p.lse[first_row + head + 8] = lse_log2(softmax.highest.y, total.y) * base;
+    }
+  });
+}
+
+__device__ __forceinline__ void sum_works(Shared& shared, const SparseMlaArguments& p, int num_splits) {
+  const int warp = warp_of_thread() % 4, lane = threadIdx.x % 32;
+  ValueTurns turns;
+  for_each_work(p, num_splits, [&](const Work& work, int64_t first_row) {
+    // Nobody reads the last ones any more: their last factors came after all scores.
+    load_queries(shared, p, work, warp, lane);
+    Sums sums = {};
+    sum_right_half(sums, turns, shared, work.num_tiles, warp, lane);
+    mbarrier_wait(&shared.weights_full, turns.weights.parity);
+    turns.weights.next();
+    const float2 factor = take_factors(shared, warp * 32 + lane, lane);
+    if (num_splits == 1 || work.num_tiles > 0) {
+      store_sums<kRight>(sums, factor, p, work, first_row, num_splits > 1, warp, lane);
+    }
+  });
+}
+
+__device__ __forceinline__ void decode_works(Shared& shared, const SparseMlaArguments& p, int num_splits) {
+  const int warp = warp_of_thread() % 4, lane = threadIdx.x % 32;
+  Turn<kStages> turn;
+  for_each_work(p, num_splits, [&](const Work& work, int64_t) { decode_tiles(turn, shared, p, work, warp, lane); });
+}
+
+__global__ void __launch_bounds__(kNumThreads, 1)
+    sparse_mla_fp8_wide_kernel(const __grid_constant__ SparseMlaArguments p, const int num_splits) {
+  let_next_kernel_start();
+  auto& shared = *reinterpret_cast<Shared*>(shared_memory());
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < kStages; ++stage) {
+      for (int half = 0; half < 2; ++half) {
+        mbarrier_init(&shared.rows_full[stage][half], 4);
+        mbarrier_init(&shared.rows_free[stage][half], 4);
+      }
+    }
+    mbarrier_init(&shared.queries_full, 4);
+    mbarrier_init(&shared.weights_full, 4);
+    mbarrier_init(&shared.weights_free, 4);
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+  wait_for_last_kernel();
+
+  const int warpgroup = warp_of_thread() / 4;
+  if (warpgroup == 0) {
+    take_registers<kScoreRegisters>();
+    score_works(shared, p, num_splits);
+  } else if (warpgroup == 1) {
+    take_registers<kValueRegisters>();
+    sum_works(shared, p, num_splits);
+  } else {
+    give_registers<kRowRegisters>();
+    decode_works(shared, p, num_splits);
+  }
+}
+
+}  // namespace
+}  // namespace wide
+
+const char* launch_sparse_mla_wide(const SparseMlaArguments& arguments, int num_splits, void* stream) {
+  const int num_works = arguments.num_tokens * num_head_tiles(arguments.num_heads, wide::kTileHeads) * num_splits;
+  int device = 0, num_multiprocessors = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  const ClusterShape shape = {1, wide::kNumThreads, static_cast<int>(sizeof(wide::Shared))};
+  return launch_clusters(wide::sparse_mla_fp8_wide_kernel, shape, std::min(num_works, num_multiprocessors), stream,
+                         arguments, num_splits);
+}
+
+}  // namespace dsv32

@@ -1,0 +1,126 @@
+// The functions of csrc/wgmma.cuh for the emulator, written from the PTX manual, not from that file.
+//
+// A thread computes its own part of a product, at a random time before it must. Until it has waited, its sums are NaN.
+#pragma once
+
+#include "ptx.cuh"
+
+namespace dsv32 {
+
+[[noreturn]] inline void fail(const char* message) {
+  std::fprintf(stderr, "%s\n", message);
+  std::abort();
+}
+
+inline void wgmma_fence() { current->products.is_fenced = true; }
+inline void wgmma_commit() { current->products.groups.push_back(current->products.num_started); }
+
+template <int kSize>
+void give_back(float (&sums)[kSize]) {
+  auto& held = current->products.sums;
+  const auto place = held.find(sums);
+  if (place == held.end() || place->second.num_pending) {
+    fail("sums of products that are not done, or of none");
+  }
+  std::copy_n(place->second.values.begin(), kSize, sums);
+  held.erase(place);
+}
+
+template <int kGroupsLeft, class... Sums>
+void wgmma_wait(Sums&... sums) {
+  auto& products = current->products;
+  while (products.groups.size() > kGroupsLeft) {
+    while (products.num_done < products.groups.front()) {
+      current->background.front()();
+      current->background.pop_front();
+    }
+    products.groups.pop_front();
+  }
+  emulator::exchange({});  // a warp waits as one
+  products.is_fenced = false;
+  (give_back(sums), ...);
+}
+
+// A matrix in shared memory: "Matrix descriptor" and "Strides" of the manual, for the swizzle of 128 bytes.
+struct Matrix {
+  const emulator::Block* block;
+  uint64_t descriptor;
+
+  uint32_t field(int bit) const { return static_cast<uint32_t>(descriptor >> bit & 0x3fff) << 4; }
+
+  float at(uint32_t offset) const {
+    if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0) {
+      fail("a descriptor of another kind");
+    }
+    uint32_t address = field(0) + offset;
+    address ^= (address >> 7 & 7) << 4;
+    if (address + 2 > block->nbytes) {
+      fail("a product past the end of shared memory");
+    }
+    uint16_t bits;
+    std::memcpy(&bits, block->seen_by_products.data() + address, 2);
+    return __uint_as_float(static_cast<uint32_t>(bits) << 16);
+  }
+  // Rows of 128 bytes, eight of them a swizzle atom; the stride is between atoms.
+  float k_major(int mn, int k) const { return at(mn % 8 * 128 + mn / 8 * field(32) + k * 2); }
+  // 64 elements, by 8 along K: an atom. The leading stride goes along M or N, the other along K.
+  float mn_major(int mn, int k) const {
+    return at(mn % 64 * 2 + mn / 64 * field(16) + k % 8 * 128 + k / 8 * field(32));
+  }
+};
+
+// The part of a thread of sums[64, kSize * 2] (+)= a[64, 16] b[16, kSize * 2].
+template <int kSize, class A, class B>
+void start_product(float (&sums)[kSize], bool add, A a, B b) {
+  auto& products = current->products;
+  if (!products.is_fenced) {
+    fail("a product without a fence");
+  }
+  auto& held = products.sums[sums];
+  if (held.num_pending++ == 0 && held.values.empty()) {
+    held.values.assign(sums, sums + kSize);
+    std::fill_n(sums, kSize, NAN);
+  }
+  ++products.num_started;
+  const int lane = current->index % 32;
+  current->background.push_back([=, &products, &held] {
+    for (int i = 0; i < kSize; ++i) {
+      const int row = lane / 4 + i % 4 / 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      double sum = add ? held.values[i] : 0.0;
+      for (int k = 0; k < 16; ++k) {
+        sum += static_cast<double>(a(row, k)) * b(column, k);
+      }
+      held.values[i] = static_cast<float>(sum);
+    }
+    --held.num_pending;
+    ++products.num_done;
+  });
+}
+
+inline void multiply_transposed(float (&sums)[32], uint64_t a, uint64_t b, bool add) {
+  emulator::exchange({});  // all lanes come
+  const Matrix rows = {current->block, a}, columns = {current->block, b};
+  const int first = current->index / 32 % 4 * 16;
+  start_product(
+      sums, add, [=](int row, int k) { return rows.k_major(first + row, k); },
+      [=](int column, int k) { return columns.k_major(column, k); });
+}
+
+inline void multiply(float (&sums)[64], const uint32_t (&a)[4], uint64_t b) {
+  emulator::Lane own = {};
+  std::memcpy(own.words, a, sizeof(a));
+  const emulator::Lane* all = emulator::exchange(own);
+  std::array<emulator::Lane, 32> lanes;
+  std::copy_n(all, 32, lanes.begin());
+  const Matrix columns = {current->block, b};
+  start_product(
+      sums, true,
+      [=](int row, int k) {
+        uint32_t registers[4];
+        std::memcpy(registers, lanes[row % 8 * 4 + k % 8 / 2].words, sizeof(registers));
+        return value_of_bfloat16(static_cast<uint16_t>(registers[row / 8 + k / 8 * 2] >> k % 2 * 16));
+      },
+      [=](int column, int k) { return columns.mn_major(column, k); });
+}
+
+}  // namespace dsv32
