@@ -1,7 +1,8 @@
 """Build the library of CUDA kernels for SM 90: ``python csrc/build.py [DIRECTORY]``.
 
 It needs nvcc, a C++20 compiler and torch's headers; no GPU, no Python headers. By default the library goes to where
-:mod:`vllm_dsv32.kernels.cuda_library` looks for it.
+:mod:`vllm_dsv32.kernels.cuda_library` looks for it. For compute-sanitizer's racecheck build it with
+``--all-lanes-arrive``, which is a little slower: of warps that arrive by one lane it reports false races.
 """
 
 import argparse
@@ -20,6 +21,8 @@ _KERNELS = ("sparse_mla_sm90", "sparse_mla_wide_sm90", "topk_select_sm90")
 _SM90 = "-gencode=arch=compute_90a,code=sm_90a"
 _OPTIONS = ("-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden")
 KERNEL_OPTIONS = (*_OPTIONS, _SM90)
+_ALL_LANES_ARRIVE = "-DDSV32_ALL_LANES_ARRIVE"
+"""See warp_barriers.cuh."""
 _OLDEST_TORCH = "((0ULL + 2) << 56 | (0ULL + 11) << 48)"
 """The stable ABI that is used; the build's own torch may be newer."""
 
@@ -29,7 +32,7 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
-def build(directory: Path = _PACKAGE) -> Path:
+def build(directory: Path = _PACKAGE, *, all_lanes_arrive: bool = False) -> Path:
     """Compile and link; returns the library.
 
     Raises:
@@ -43,10 +46,11 @@ def build(directory: Path = _PACKAGE) -> Path:
         raise RuntimeError("torch is not installed; its headers are needed")
     torch = Path(spec.origin).parent
     directory.mkdir(parents=True, exist_ok=True)
+    kernel_options = (*KERNEL_OPTIONS, _ALL_LANES_ARRIVE) if all_lanes_arrive else KERNEL_OPTIONS
     objects = []
     for name in _KERNELS:
         objects.append(directory / f"{name}.o")
-        _run(nvcc, *KERNEL_OPTIONS, "-c", str(_SOURCES / f"{name}.cu"), "-o", str(objects[-1]))
+        _run(nvcc, *kernel_options, "-c", str(_SOURCES / f"{name}.cu"), "-o", str(objects[-1]))
     objects.append(directory / "bindings.o")
     torch_options = (f"-I{torch / 'include'}", f"-DTORCH_TARGET_VERSION={_OLDEST_TORCH}")
     _run(nvcc, *_OPTIONS, *torch_options, "-c", str(_SOURCES / "bindings.cpp"), "-o", str(objects[-1]))
@@ -76,7 +80,9 @@ def _run(*command: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, nargs="?", default=_PACKAGE)
+    parser.add_argument("--all-lanes-arrive", action="store_true", help="for racecheck")
+    arguments = parser.parse_args()
     try:
-        print(build(parser.parse_args().directory))
+        print(build(arguments.directory, all_lanes_arrive=arguments.all_lanes_arrive))
     except RuntimeError as error:
         sys.exit(str(error))

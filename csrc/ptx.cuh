@@ -26,9 +26,7 @@ __device__ __forceinline__ void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// One lane arrives for its warp, after __syncwarp: order is transitive, so who waits sees what the other lanes have
-// written too, and may write what they have read. compute-sanitizer's racecheck follows the arriving lane alone, and
-// reports the others' accesses.
+// Of this thread; warp_barriers.cuh says how a warp arrives, and which lanes racecheck credits with order.
 __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }

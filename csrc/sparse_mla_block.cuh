@@ -3,6 +3,7 @@
 
 #include "ptx.cuh"
 #include "sparse_mla_work.cuh"
+#include "warp_barriers.cuh"
 
 namespace dsv32 {
 

@@ -38,11 +38,8 @@ __device__ __forceinline__ void copy_tiles(Turn<kStages>& turn, Shared& shared, 
         clear_row(rows[first + i], lane);
       }
       fence_async_proxy();
-      __syncwarp();
     }
-    if (lane == 0) {
-      mbarrier_arrive_expect(full, num_rows * kLatentFp8Nbytes);
-    }
+    arrive_for_warp_expect(lane, full, num_rows * kLatentFp8Nbytes);
     __syncwarp();
     if (lane < num_rows) {
       copy_bulk(rows[first + lane], row, kLatentFp8Nbytes, full);

@@ -130,10 +130,7 @@ __device__ __forceinline__ void finish_softmax(ScoreTurns& turns, Shared& shared
         shared.softmax[g + 8 * half] = make_float2(softmax.subtracted[half], (x.x + x.y) + (x.z + x.w));
       }
     }
-    __syncwarp();
-    if (lane == 0) {
-      mbarrier_arrive(&shared.softmax_full);
-    }
+    arrive_for_warp(lane, &shared.softmax_full);
   }
   turns.softmax.next();
 }

@@ -91,16 +91,16 @@ __global__ void __launch_bounds__(kNumThreads, 1)
   const int lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
-      mbarrier_init(&shared.rows_full[stage], kNumCopyWarps);
-      mbarrier_init(&shared.rows_free[stage], kNumValueWarps);
+      init_warp_barrier(&shared.rows_full[stage], kNumCopyWarps);
+      init_warp_barrier(&shared.rows_free[stage], kNumValueWarps);
     }
     for (int stage = 0; stage < kWeightStages; ++stage) {
-      mbarrier_init(&shared.weights_full[stage], kNumScoreWarps);
-      mbarrier_init(&shared.weights_free[stage], kNumValueWarps);
+      init_warp_barrier(&shared.weights_full[stage], kNumScoreWarps);
+      init_warp_barrier(&shared.weights_free[stage], kNumValueWarps);
     }
-    mbarrier_init(&shared.maxima_full, kNumScoreWarps);
-    mbarrier_init(&shared.softmax_full, 1);
-    mbarrier_init(&shared.softmax_free, kNumValueWarps);
+    init_warp_barrier(&shared.maxima_full, kNumScoreWarps);
+    init_warp_barrier(&shared.softmax_full, 1);
+    init_warp_barrier(&shared.softmax_free, kNumValueWarps);
     fence_mbarrier_init();
   }
   const Place place(p, num_splits);

@@ -74,10 +74,7 @@ struct Softmax {
         shared.maxima[maxima_set][lane / 4 + 8 * half][warp] = maximum[half];
       }
     }
-    __syncwarp();
-    if (lane == 0) {
-      mbarrier_arrive(&shared.maxima_full);
-    }
+    arrive_for_warp(lane, &shared.maxima_full);
   }
 
   __device__ __forceinline__ void take_maxima(SoftmaxTurns& turns, Shared& shared, int lane) {
@@ -131,10 +128,7 @@ struct Softmax {
       shared.shrink[stage][lane / 4] = shrink[0];
       shared.shrink[stage][lane / 4 + 8] = shrink[1];
     }
-    __syncwarp();
-    if (lane == 0) {
-      mbarrier_arrive(&shared.weights_full[stage]);
-    }
+    arrive_for_warp(lane, &shared.weights_full[stage]);
     turns.weights.next();
   }
 };

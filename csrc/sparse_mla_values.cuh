@@ -67,12 +67,8 @@ __device__ __forceinline__ void sum_tiles(Sums& sums, ValueTurns& turns, Shared&
         multiply_float16(sums[unit + 1][1], a, float16_of_high_bytes(r[2]), float16_of_high_bytes(r[3]));
       }
     }
-    __syncwarp();
-    if (lane == 0) {
-      // The scores of these rows were computed before their weights were: nobody else reads the rows any more.
-      mbarrier_arrive(&shared.rows_free[turns.rows.stage]);
-      mbarrier_arrive(&shared.weights_free[stage]);
-    }
+    // The scores of these rows were computed before their weights were: nobody else reads the rows any more.
+    arrive_for_warp(lane, &shared.rows_free[turns.rows.stage], &shared.weights_free[stage]);
   }
 }
 
@@ -86,10 +82,7 @@ __device__ __forceinline__ void store_sums(const Sums& sums, ValueTurns& turns, 
   mbarrier_wait(&shared.softmax_full, turns.softmax.parity);
   turns.softmax.next();
   const float2 softmax_of_half[2] = {shared.softmax[g], shared.softmax[g + 8]};
-  __syncwarp();
-  if (lane == 0) {
-    mbarrier_arrive(&shared.softmax_free);
-  }
+  arrive_for_warp(lane, &shared.softmax_free);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int head = g + 8 * half;

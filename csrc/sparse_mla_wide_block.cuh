@@ -4,6 +4,7 @@
 #include "panels.cuh"
 #include "ptx.cuh"
 #include "sparse_mla_work.cuh"
+#include "warp_barriers.cuh"
 
 namespace dsv32::wide {
 

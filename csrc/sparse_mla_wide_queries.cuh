@@ -56,10 +56,7 @@ __device__ __forceinline__ void load_queries(Shared& shared, const SparseMlaArgu
     }
   }
   fence_async_proxy();
-  __syncwarp();
-  if (lane == 0) {
-    mbarrier_arrive(&shared.queries_full);
-  }
+  arrive_for_warp(lane, &shared.queries_full);
 }
 
 }  // namespace dsv32::wide

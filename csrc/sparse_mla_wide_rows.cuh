@@ -88,10 +88,7 @@ __device__ __forceinline__ void decode_half(const Turn<kStages>& turn, Shared& s
     }
   }
   fence_async_proxy();
-  __syncwarp();
-  if (lane == 0) {
-    mbarrier_arrive(&shared.rows_full[turn.stage][kHalf]);
-  }
+  arrive_for_warp(lane, &shared.rows_full[turn.stage][kHalf]);
 }
 
 // Two lanes have the same row. A bulk prefetch would take one instruction, but of one lane at a time.

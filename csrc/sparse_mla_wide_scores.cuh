@@ -61,10 +61,7 @@ __device__ __forceinline__ void wait_to_hand_over(Shared& shared, const Turn<1>&
 
 __device__ __forceinline__ void hand_over_factors(Shared& shared, Turn<1>& turn, float2 factor, int thread) {
   shared.factors[thread] = factor;
-  __syncwarp();
-  if (thread % 32 == 0) {
-    mbarrier_arrive(&shared.weights_full);
-  }
+  arrive_for_warp(thread % 32, &shared.weights_full);
   turn.next();
 }
 
@@ -119,9 +116,7 @@ __device__ __forceinline__ float2 hand_over_weights(Shared& shared, Turn<1>& tur
 }
 
 __device__ __forceinline__ void free_left_half(Shared& shared, Turn<kStages>& turn, int lane) {
-  if (lane == 0) {
-    mbarrier_arrive(&shared.rows_free[turn.stage][kLeft]);
-  }
+  arrive_for_warp(lane, &shared.rows_free[turn.stage][kLeft]);
   turn.next();
 }
 

@@ -97,13 +97,13 @@ __global__ void __launch_bounds__(kNumThreads, 1)
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
       for (int half = 0; half < 2; ++half) {
-        mbarrier_init(&shared.rows_full[stage][half], 4);
-        mbarrier_init(&shared.rows_free[stage][half], 4);
+        init_warp_barrier(&shared.rows_full[stage][half], 4);
+        init_warp_barrier(&shared.rows_free[stage][half], 4);
       }
     }
-    mbarrier_init(&shared.queries_full, 4);
-    mbarrier_init(&shared.weights_full, 4);
-    mbarrier_init(&shared.weights_free, 4);
+    init_warp_barrier(&shared.queries_full, 4);
+    init_warp_barrier(&shared.weights_full, 4);
+    init_warp_barrier(&shared.weights_free, 4);
     fence_mbarrier_init();
   }
   __syncthreads();

@@ -86,10 +86,7 @@ __device__ __forceinline__ void load_weights(Weights& weights, const Shared& sha
 
 __device__ __forceinline__ float2 take_factors(Shared& shared, int thread, int lane) {
   const float2 factor = shared.factors[thread];
-  __syncwarp();
-  if (lane == 0) {
-    mbarrier_arrive(&shared.weights_free);
-  }
+  arrive_for_warp(lane, &shared.weights_free);
   return factor;
 }
 
@@ -106,10 +103,8 @@ __device__ __forceinline__ void sum_right_half(Sums& sums, ValueTurns& turns, Sh
     mbarrier_wait(&shared.rows_full[stage][kRight], turns.rows.parity);
     start_values<kRight>(sums, weights, shared, stage);
     wgmma_wait<0>(sums[0], sums[1]);
-    if (lane == 0) {
-      // The scores of these rows were computed before their weights were: nobody else reads this half any more.
-      mbarrier_arrive(&shared.rows_free[stage][kRight]);
-    }
+    // The scores of these rows were computed before their weights were: nobody else reads this half any more.
+    arrive_for_warp(lane, &shared.rows_free[stage][kRight]);
   }
 }
 

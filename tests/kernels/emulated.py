@@ -12,7 +12,7 @@ SOURCES = Path(__file__).parents[2] / "csrc"
 _EMULATOR = Path(__file__).parent / "cuda_on_cpu"
 
 
-def emulated(name: str, directory: Path) -> ctypes.CDLL:
+def emulated(name: str, directory: Path, *options: str) -> ctypes.CDLL:
     """Compiles ``cuda_on_cpu/NAME.cpp`` in a directory; skips the test where there is no compiler."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
@@ -20,7 +20,7 @@ def emulated(name: str, directory: Path) -> ctypes.CDLL:
         shutil.copy(source, directory)  # the emulator's last: it has a ptx.cuh of its own
     library = directory / f"{name}.so"
     command = ["g++", "-std=c++20", "-O2", "-w", "-shared", "-fPIC", f"-I{directory}"]
-    subprocess.run([*command, str(directory / f"{name}.cpp"), "-o", str(library)], check=True)
+    subprocess.run([*command, *options, str(directory / f"{name}.cpp"), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
 
 

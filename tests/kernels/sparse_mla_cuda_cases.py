@@ -56,9 +56,9 @@ class Arguments(ctypes.Structure):
     )
 
 
-def kernel_on_cpu(name, directory):
+def kernel_on_cpu(name, directory, *options):
     """The kernel of ``cuda_on_cpu/NAME.cpp``, on tensors for the results or on its own."""
-    function = getattr(emulated(name, directory), f"{name}_on_cpu")
+    function = getattr(emulated(name, directory, *options), f"{name}_on_cpu")
     function.restype = ctypes.c_char_p
 
     def call(q, cache, slots, valid, scale, num_splits, seed=0, *, results=None):

@@ -147,6 +147,15 @@ def test_rows_of_nan_matter_to_tokens_that_select_them_alone_on_cpu(on_cpu, part
     close(out[3:], wanted[3:], rtol=2**-7, atol=2**-7 * float(wanted.abs().max()))
 
 
+def test_all_lanes_may_arrive_on_cpu(on_cpu, tmp_path):
+    """As the build for racecheck has it."""
+    by_all_lanes = kernel_on_cpu("sparse_mla", tmp_path, "-DDSV32_ALL_LANES_ARRIVE")
+    arguments = problem(16, [0, 63, 64, 700], 704, 1024)
+    for num_splits in (1, 5):
+        for got, wanted in zip(by_all_lanes(*arguments, num_splits), on_cpu(*arguments, num_splits), strict=True):
+            assert torch.equal(got, wanted)
+
+
 def test_the_library_builds_and_loads(tmp_path):
     build = load_build()
     if build.find_nvcc() is None:

@@ -85,6 +85,14 @@ def test_scores_that_rise_from_tile_to_tile_on_cpu(on_cpu, strength):
     assert_right(on_cpu(q, cache, slots, valid, scale, 1), q, cache, slots, valid, scale)
 
 
+def test_all_lanes_may_arrive_on_cpu(on_cpu, tmp_path):
+    """As the build for racecheck has it."""
+    by_all_lanes = kernel_on_cpu("sparse_mla_wide", tmp_path, "-DDSV32_ALL_LANES_ARRIVE")
+    arguments = problem(64, [0, 63, 64, 320], 320, 1024)
+    for got, wanted in zip(by_all_lanes(*arguments, 1), on_cpu(*arguments, 1), strict=True):
+        assert torch.equal(got, wanted)
+
+
 def test_a_row_of_nan_makes_nan_on_cpu(on_cpu):
     arguments = problem(40, [100], 128, 256)
     cache, slots = arguments[1:3]

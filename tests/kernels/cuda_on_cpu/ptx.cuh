@@ -35,15 +35,15 @@ inline uint8_t* at(uint32_t address, uint32_t nbytes) {
 }
 
 struct Mbarrier {
-  uint16_t expected;
-  uint8_t pending;
-  uint8_t phase;
+  uint32_t expected : 15;
+  uint32_t pending : 16;
+  uint32_t phase : 1;
   int32_t nbytes;
 
   void settle() {
     if (pending == 0 && nbytes == 0) {
       phase ^= 1;
-      pending = static_cast<uint8_t>(expected);
+      pending = expected;
     }
   }
   void arrive() {
@@ -60,7 +60,7 @@ static_assert(sizeof(Mbarrier) == 8);
 inline Mbarrier& as_mbarrier(uint64_t* barrier) { return *reinterpret_cast<Mbarrier*>(barrier); }
 
 inline void mbarrier_init(uint64_t* barrier, int count) {
-  as_mbarrier(barrier) = {static_cast<uint16_t>(count), static_cast<uint8_t>(count), 0, 0};
+  as_mbarrier(barrier) = {static_cast<uint32_t>(count), static_cast<uint32_t>(count), 0, 0};
 }
 inline void fence_mbarrier_init() {}
 inline void fence_async_proxy() {
