@@ -2,7 +2,7 @@
 
 It needs nvcc, a C++20 compiler and torch's headers; no GPU, no Python headers. By default the library goes to where
 :mod:`vllm_dsv32.kernels.cuda_library` looks for it. For compute-sanitizer's racecheck build it with
-``--all-lanes-arrive``, which is a little slower: of warps that arrive by one lane it reports false races.
+``--all-lanes-arrive``: of warps that arrive by one lane it reports false races.
 """
 
 import argparse

@@ -173,6 +173,22 @@ def test_the_library_builds_and_loads(tmp_path):
     assert result.stdout.startswith("vllm_dsv32::sparse_mla_fp8(Tensor q, Tensor cache")
 
 
+@pytest.mark.parametrize("all_lanes_arrive", [False, True])
+def test_the_build_passes_on_how_warps_arrive(monkeypatch, tmp_path, all_lanes_arrive):
+    build, commands = load_build(), []
+
+    def record(*command):
+        commands.append(command)
+        Path(command[-1]).touch()
+
+    monkeypatch.setattr(build, "find_nvcc", lambda: "nvcc")
+    monkeypatch.setattr(build, "_run", record)
+    build.build(tmp_path, all_lanes_arrive=all_lanes_arrive)
+    kernels = [command for command in commands if any(word.endswith(".cu") for word in command)]
+    assert len(kernels) == 3
+    assert all(("-DDSV32_ALL_LANES_ARRIVE" in command) == all_lanes_arrive for command in kernels)
+
+
 def test_without_nvcc_the_build_says_so(monkeypatch, tmp_path):
     build = load_build()
     monkeypatch.setattr(build, "find_nvcc", lambda: None)
