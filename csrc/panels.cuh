@@ -1,4 +1,4 @@
-// Matrices of bfloat16 in shared memory as products of a warpgroup read them: panels of 64 rows and 64 columns.
+// Matrices of 16-bit numbers in shared memory as products of a warpgroup read them: panels of 64 rows and 64 columns.
 //
 // A row of a panel is 128 bytes: eight chunks of 16, which lie in the order of chunk XOR (row % 8). So neither eight
 // rows at one chunk nor eight chunks of one row conflict, and the tensor cores undo it. Panels start at multiples of

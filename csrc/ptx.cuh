@@ -105,23 +105,7 @@ __device__ __forceinline__ int32_t load_if(bool wanted, const int32_t* global) {
   return x;
 }
 
-// As above, of 8 bytes and of 16.
-__device__ __forceinline__ uint2 load_pair_if(bool wanted, const void* global) {
-  uint2 x;
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "setp.ne.s32 p, %3, 0;\n"
-      "mov.b32 %0, 0;\n"
-      "mov.b32 %1, 0;\n"
-      "@p ld.global.v2.b32 {%0, %1}, [%2];\n"
-      "}\n"
-      : "=r"(x.x), "=r"(x.y)
-      : "l"(__cvta_generic_to_global(global)), "r"(static_cast<int>(wanted))
-      : "memory");
-  return x;
-}
-
+// As above, of 16 bytes.
 __device__ __forceinline__ uint4 load_quad_if(bool wanted, const void* global) {
   uint4 x;
   asm volatile(
@@ -223,23 +207,21 @@ __device__ __forceinline__ uint32_t pack_float16(float low, float high) {
   return pair;
 }
 
+__device__ __forceinline__ float2 unpack_float16(uint32_t pair) {
+  float2 x;
+  asm("{\n"
+      ".reg .b16 low, high;\n"
+      "mov.b32 {low, high}, %2;\n"
+      "cvt.f32.f16 %0, low;\n"
+      "cvt.f32.f16 %1, high;\n"
+      "}\n"
+      : "=f"(x.x), "=f"(x.y)
+      : "r"(pair));
+  return x;
+}
+
 // Bytes 0, 2, 1, 3.
 __device__ __forceinline__ uint32_t swap_inner_bytes(uint32_t bytes) { return __byte_perm(bytes, 0, 0x3120); }
-
-// ---- pairs of bfloat16 ------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
-  uint32_t x;
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
-  return x;
-}
-
-// Rounded once.
-__device__ __forceinline__ uint32_t multiply_add_pairs(uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t x;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(x) : "r"(a), "r"(b), "r"(c));
-  return x;
-}
 
 // ---- functions --------------------------------------------------------------------------------------------------
 

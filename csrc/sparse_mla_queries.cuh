@@ -1,19 +1,16 @@
 // Queries as operands of the products of scores, in registers.
 //
-// Their latent part becomes float16, since that is what e4m3 is decoded to, times a power of two for each head that
-// takes the greatest to 2^14 or more. So none overflows, and what is not exact any more is less than 2^-31 of the
-// greatest, by at most 2^-39 of it. The rotary part stays bfloat16, as rows have it.
+// Their latent part becomes float16, since that is what e4m3 is decoded to, times a power of two for each head. The
+// rotary part stays bfloat16, as rows have it.
 #pragma once
 
-#include "bfloat16_pairs.cuh"
 #include "sparse_mla_block.cuh"
+#include "sparse_mla_float16.cuh"
 
 namespace dsv32 {
 
 // What a lane holds of the first operand of each step.
 using Queries = uint32_t[kSteps][4];
-
-__device__ __forceinline__ float power_of_two(int exponent) { return __uint_as_float((exponent + 127) << 23); }
 
 // In bfloat16; zeros for heads that do not exist.
 __device__ __forceinline__ void load_query(uint32_t (&a)[4], const SparseMlaArguments& p, const Work& work, int step,
@@ -40,8 +37,7 @@ __device__ __forceinline__ void load_query(uint32_t (&a)[4], const SparseMlaArgu
   }
 }
 
-// The latent part of heads g and g + 8 to float16; back[i] undoes the factor. An infinity stays one, and the scores of
-// its head become NaN; so does NaN.
+// The latent part of heads g and g + 8 to float16; back[i] undoes the factor.
 __device__ __forceinline__ void latent_to_float16(Queries& queries, float (&back)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -56,16 +52,14 @@ __device__ __forceinline__ void latent_to_float16(Queries& queries, float (&back
     float greatest = fmaxf(bfloat16_low(magnitudes), bfloat16_high(magnitudes));
     greatest = fmaxf(greatest, __shfl_xor_sync(0xffffffffu, greatest, 1));
     greatest = fmaxf(greatest, __shfl_xor_sync(0xffffffffu, greatest, 2));
-    // At most 2^126: queries that are less than 2^-112 become less than 2^14.
-    const int exponent = min(14 - (static_cast<int>(__float_as_uint(greatest) >> 23) - 127), 126);
+    const int exponent = exponent_for_queries(greatest);
     const float forth = power_of_two(exponent);
     back[half] = power_of_two(-exponent);
 #pragma unroll
     for (int step = 0; step < kLatentSteps; ++step) {
 #pragma unroll
       for (int i = half; i < 4; i += 2) {
-        uint32_t& pair = queries[step][i];
-        pair = pack_float16(bfloat16_low(pair) * forth, bfloat16_high(pair) * forth);
+        queries[step][i] = float16_of_queries(queries[step][i], forth);
       }
     }
   }

@@ -7,11 +7,10 @@
 #pragma once
 
 #include "sparse_mla_block.cuh"
+#include "sparse_mla_float16.cuh"
 
 namespace dsv32 {
 
-// A key whose scales are all less counts as if one were this. Sums of weights stay in the range of float32.
-constexpr float kLeastScale = 8.271806125530277e-25f;  // 2^-80
 constexpr float kLog2OfGreatestWeight = 14.0f;
 
 // Scales of two groups, of the keys of a lane in its two blocks of eight.

@@ -1,15 +1,33 @@
 // Queries of a block: from global to shared memory, in the order in which rows are decoded.
 #pragma once
 
-#include "bfloat16_pairs.cuh"
-#include "e4m3_decode.cuh"
+#include "sparse_mla_float16.cuh"
 #include "sparse_mla_wide_block.cuh"
 #include "wgmma.cuh"
 
 namespace dsv32::wide {
 
 constexpr int kRowsOfQueryWarp = kTileHeads / 4;
-constexpr uint32_t kTwoPow60Pair = 0x5d805d80u;  // in bfloat16
+
+// The greatest magnitude of a head's latents, of which this lane and seven more have a part each.
+__device__ __forceinline__ float greatest_of_head(const uint4 (&words)[kNumGroups][2]) {
+  uint32_t magnitudes = 0;
+#pragma unroll
+  for (int group = 0; group < kNumGroups; ++group) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint4& x = words[group][i];
+      magnitudes = max_with_magnitude(max_with_magnitude(magnitudes, x.x), x.y);
+      magnitudes = max_with_magnitude(max_with_magnitude(magnitudes, x.z), x.w);
+    }
+  }
+  float greatest = fmaxf(bfloat16_low(magnitudes), bfloat16_high(magnitudes));
+#pragma unroll
+  for (int distance = 1; distance < 8; distance *= 2) {
+    greatest = fmaxf(greatest, __shfl_xor_sync(0xffffffffu, greatest, distance));
+  }
+  return greatest;
+}
 
 // Of the same warpgroup. Eight lanes take 128 latents of a head, each of them 16; four heads a warp at a time.
 __device__ __forceinline__ void load_queries(Shared& shared, const SparseMlaArguments& p, const Work& work, int warp,
@@ -37,21 +55,19 @@ __device__ __forceinline__ void load_queries(Shared& shared, const SparseMlaArgu
 #pragma unroll
     for (int i = 0; i < kHeadsAtOnce; ++i) {
       const int head = warp * kRowsOfQueryWarp + first + 4 * i + lane / 8;
+      const int exponent = exponent_for_queries(greatest_of_head(words[i]));
+      const auto scaled = [=, forth = power_of_two(exponent)](uint32_t pair) {
+        return float16_of_queries(pair, forth);
+      };
+      shared.factors[head] = power_of_two(-exponent);  // eight lanes write the same
       const uint32_t chunk = panels + chunk_offset(head, lane % 8);
       store_chunk(chunk + kRopePanel * kPanelNbytes, rope[i]);
 #pragma unroll
       for (int group = 0; group < kNumGroups; ++group) {
         const uint4 low = words[i][group][0], high = words[i][group][1];
-#pragma unroll
-        for (int odd = 0; odd < 2; ++odd) {
-          const int halves = odd ? 0x7632 : 0x5410;  // of two words, both high ones or both low ones
-          const auto scaled = [=](uint32_t a, uint32_t b) {
-            return multiply_pairs(__byte_perm(a, b, halves), kTwoPow60Pair);
-          };
-          store_chunk(chunk + (2 * group + odd) * kPanelNbytes,
-                      make_uint4(scaled(low.x, low.y), scaled(low.z, low.w), scaled(high.x, high.y),
-                                 scaled(high.z, high.w)));
-        }
+        const uint32_t even = chunk + 2 * group * kPanelNbytes;
+        store_chunk(even, make_uint4(scaled(low.x), scaled(low.z), scaled(high.x), scaled(high.z)));
+        store_chunk(even + kPanelNbytes, make_uint4(scaled(low.y), scaled(low.w), scaled(high.y), scaled(high.w)));
       }
     }
   }

@@ -1,13 +1,12 @@
 // The warpgroup that reads rows of the cache, decodes them and writes them to shared memory.
 //
 // Eight lanes read 128 bytes of a row, a group with one scale, and write the two chunks that each has decoded to two
-// panels. Half of the columns of a tile at a time: they are read before the stage is free for them. Whole rows are
+// panels; scales are kept apart. Half of the columns of a tile at a time: they are read before the stage is free for them. Whole rows are
 // brought to the GPU's second-level cache a tile ahead.
 #pragma once
 
-#include "bfloat16_pairs.cuh"
-#include "e4m3_decode.cuh"
 #include "sparse_mla_wide_block.cuh"
+#include "sparse_mla_wide_scales.cuh"
 #include "wgmma.cuh"
 
 namespace dsv32::wide {
@@ -20,7 +19,6 @@ template <int kHalf>
 struct Bytes {
   uint4 latents[kRowsOfLane][kGroupsOfHalf];
   uint4 rope[kRowsOfLane];  // of the right half
-  uint2 scales[kRowsOfLane];
 };
 
 // Lane r has row r of the warp; null if it does not exist.
@@ -31,7 +29,6 @@ __device__ __forceinline__ void load_half(Bytes<kHalf>& bytes, const uint8_t* ro
     const auto* source = reinterpret_cast<const uint8_t*>(
         __shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(row), 4 * i + lane / 8));
     const bool exists = source != nullptr;
-    bytes.scales[i] = load_pair_if(exists, source + kScalesOffset + kHalf * kGroupsOfHalf * 4);
 #pragma unroll
     for (int group = 0; group < kGroupsOfHalf; ++group) {
       const int column = (kHalf * kGroupsOfHalf + group) * kLatentGroupSize;
@@ -43,28 +40,12 @@ __device__ __forceinline__ void load_half(Bytes<kHalf>& bytes, const uint8_t* ro
   }
 }
 
-// A scale times 2^60 as the sum of two numbers of bfloat16: with one alone, all values of a group would be off alike.
-struct Scale {
-  uint32_t high, low;
-  __device__ __forceinline__ explicit Scale(uint32_t bits) {
-    const float scale = __uint_as_float(bits) * kTwoPow60;
-    high = pack_bfloat16(scale, scale);
-    const float rest = scale - bfloat16_low(high);
-    low = pack_bfloat16(rest, rest);
-  }
-};
-
-// Decoded values lack 2^120: what comes out lacks 2^60.
-__device__ __forceinline__ uint32_t apply_scale(uint32_t pair, const Scale& scale) {
-  return multiply_add_pairs(pair, scale.high, multiply_pairs(pair, scale.low));
-}
-
-__device__ __forceinline__ void store_decoded(uint32_t chunk, const uint4& bytes, const Scale& scale) {
-  store_chunk(chunk, make_uint4(apply_scale(decode_even(bytes.x), scale), apply_scale(decode_even(bytes.y), scale),
-                                apply_scale(decode_even(bytes.z), scale), apply_scale(decode_even(bytes.w), scale)));
-  store_chunk(chunk + kPanelNbytes,
-              make_uint4(apply_scale(decode_odd(bytes.x), scale), apply_scale(decode_odd(bytes.y), scale),
-                         apply_scale(decode_odd(bytes.z), scale), apply_scale(decode_odd(bytes.w), scale)));
+// To float16, which holds every value of e4m3.
+__device__ __forceinline__ void store_decoded(uint32_t chunk, const uint4& bytes) {
+  store_chunk(chunk, make_uint4(float16_of_low_bytes(bytes.x), float16_of_low_bytes(bytes.y),
+                                float16_of_low_bytes(bytes.z), float16_of_low_bytes(bytes.w)));
+  store_chunk(chunk + kPanelNbytes, make_uint4(float16_of_high_bytes(bytes.x), float16_of_high_bytes(bytes.y),
+                                               float16_of_high_bytes(bytes.z), float16_of_high_bytes(bytes.w)));
 }
 
 template <int kHalf>
@@ -72,21 +53,22 @@ __device__ __forceinline__ void decode_half(const Turn<kStages>& turn, Shared& s
                                             int lane) {
   Bytes<kHalf> bytes;
   load_half(bytes, row, lane);
+  const uint4 scales = load_quad_if(row != nullptr, row + kScalesOffset);
   mbarrier_wait(&shared.rows_free[turn.stage][kHalf], turn.parity ^ 1);
   const uint32_t panels = shared_address(shared.rows[turn.stage]);
 #pragma unroll
   for (int i = 0; i < kRowsOfLane; ++i) {
     const uint32_t chunk = panels + chunk_offset(warp * kRowsOfWarp + 4 * i + lane / 8, lane % 8);
-    const uint32_t scales[kGroupsOfHalf] = {bytes.scales[i].x, bytes.scales[i].y};
 #pragma unroll
     for (int group = 0; group < kGroupsOfHalf; ++group) {
       const int panel = kHalf * kPanelsOfHalf + 2 * group;
-      store_decoded(chunk + panel * kPanelNbytes, bytes.latents[i][group], Scale(scales[group]));
+      store_decoded(chunk + panel * kPanelNbytes, bytes.latents[i][group]);
     }
     if (kHalf == kRight) {
       store_chunk(chunk + kRopePanel * kPanelNbytes, bytes.rope[i]);
     }
   }
+  store_scales<kHalf>(shared, turn.stage, scales, warp * kRowsOfWarp + lane % kRowsOfWarp, lane >= kRowsOfWarp);
   fence_async_proxy();
   arrive_for_warp(lane, &shared.rows_full[turn.stage][kHalf]);
 }
@@ -123,9 +105,9 @@ __device__ __forceinline__ void decode_tiles(Turn<kStages>& turn, Shared& shared
   int slot = slot_of_tile(1);
   const uint8_t* row = row_of_tile(0, first_slot);
   for (int tile = 0; tile < work.num_tiles; ++tile, turn.next()) {
+    decode_half<kRight>(turn, shared, row, warp, lane);
     const uint8_t* next_row = row_of_tile(tile + 1, slot);
     slot = slot_of_tile(tile + 2);
-    decode_half<kRight>(turn, shared, row, warp, lane);
     decode_half<kLeft>(turn, shared, row, warp, lane);
     row = next_row;
   }

@@ -1,7 +1,7 @@
 // sparse_mla for an fp8_ds_mla cache and 64 heads at a time, on SM 90.
 //
 // A block attends all keys of one token, or a split of them, 64 at a time, with products of warpgroups. Three
-// warpgroups: one decodes rows to bfloat16 in shared memory, one computes scores and weights and sums half of the
+// warpgroups: one decodes rows to float16 in shared memory, one computes scores and weights and sums half of the
 // latents, one sums the other half. So many heads repay a decoded copy: each of its values is used 128 times.
 // What splits give out is joined by another launch.
 #include <cuda_runtime.h>
@@ -44,11 +44,12 @@ __device__ __forceinline__ void score_works(Shared& shared, const SparseMlaArgum
     Softmax softmax;
     mbarrier_wait(&shared.queries_full, turns.queries.parity);
     turns.queries.next();
+    const float2 back = load_factors(shared, warp, lane);
     if (work.num_tiles > 0) {
-      score_tiles(sums, softmax, turns, shared, p, work, warp * 32 + lane);
+      score_tiles(sums, softmax, turns, shared, p, work, back, warp * 32 + lane);
     }
     const float2 total = make_float2(sum_of_quad(softmax.total.x), sum_of_quad(softmax.total.y));
-    const float2 factor = make_float2(normaliser(total.x) * kTwoPow60, normaliser(total.y) * kTwoPow60);
+    const float2 factor = make_float2(normaliser(total.x), normaliser(total.y));
     wait_to_hand_over(shared, turns.weights);
     hand_over_factors(shared, turns.weights, factor, warp * 32 + lane);
     const bool is_split = num_splits > 1;
@@ -59,10 +60,10 @@ __device__ __forceinline__ void score_works(Shared& shared, const SparseMlaArgum
     const int head = warp * 16 + lane / 4;
     const float base = is_split ? 1.0f : kLn2;
     if (lane % 4 == 0 && head < work.num_heads) {
-      p.lse[first_row + head] = lse_log2(softmax.highest.x, total.x) * base;
+      p.lse[first_row + head] = lse_log2(softmax.subtracted.x, total.x) * base;
     }
     if (lane % 4 == 0 && head + 8 < work.num_heads) {
-      p.lse[first_row + head + 8] = lse_log2(softmax.highest.y, total.y) * base;
+      p.lse[first_row + head + 8] = lse_log2(softmax.subtracted.y, total.y) * base;
     }
   });
 }
@@ -77,7 +78,8 @@ __device__ __forceinline__ void sum_works(Shared& shared, const SparseMlaArgumen
     sum_right_half(sums, turns, shared, work.num_tiles, warp, lane);
     mbarrier_wait(&shared.weights_full, turns.weights.parity);
     turns.weights.next();
-    const float2 factor = take_factors(shared, warp * 32 + lane, lane);
+    const float2 factor = load_factors(shared, warp, lane);
+    arrive_for_warp(lane, &shared.weights_free);
     if (num_splits == 1 || work.num_tiles > 0) {
       store_sums<kRight>(sums, factor, p, work, first_row, num_splits > 1, warp, lane);
     }

@@ -16,16 +16,19 @@ __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.a
 // Products since the last commit are a group.
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
+// The compiler may not read these before what comes before.
+template <int kSize>
+__device__ __forceinline__ void pin(float (&sums)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    asm volatile("" : "+f"(sums[i])::"memory");
+  }
+}
+
 // Returns when all groups but the last few are done, among them those of these sums.
 template <int kGroupsLeft, class... Sums>
 __device__ __forceinline__ void wgmma_wait(Sums&... sums) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroupsLeft) : "memory");
-  const auto pin = [](auto& x) {
-#pragma unroll
-    for (float& element : x) {
-      asm volatile("" : "+f"(element)::"memory");  // else the compiler could read it before
-    }
-  };
   (pin(sums), ...);
 }
 
@@ -35,26 +38,31 @@ __device__ __forceinline__ void wgmma_wait(Sums&... sums) {
 #define DSV32_SUMS_32(x, i) \
   DSV32_SUMS_8(x, i), DSV32_SUMS_8(x, i + 8), DSV32_SUMS_8(x, i + 16), DSV32_SUMS_8(x, i + 24)
 
-// sums[64, 64] = a[64, 16] b[64, 16]^T in bfloat16, plus the sums where wanted; columns of both are contiguous.
-__device__ __forceinline__ void multiply_transposed(float (&sums)[32], uint64_t a, uint64_t b, bool add) {
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "setp.ne.s32 p, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-      "}, %32, %33, p, 1, 1, 0, 0;\n"
-      "}\n"
-      : DSV32_SUMS_32(sums, 0)
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
-}
+// sums[64, 64] = a[64, 16] b[64, 16]^T, plus the sums where wanted; columns of both are contiguous.
+#define DSV32_MULTIPLY_TRANSPOSED(name, types)                                                                     \
+  __device__ __forceinline__ void name(float (&sums)[32], uint64_t a, uint64_t b, bool add) {                      \
+    asm volatile(                                                                                                  \
+        "{\n"                                                                                                      \
+        ".reg .pred p;\n"                                                                                          \
+        "setp.ne.s32 p, %34, 0;\n"                                                                                 \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." types                                                        \
+        " {"                                                                                                       \
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                   \
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"                           \
+        "}, %32, %33, p, 1, 1, 0, 0;\n"                                                                            \
+        "}\n"                                                                                                      \
+        : DSV32_SUMS_32(sums, 0)                                                                                   \
+        : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                                             \
+  }
+DSV32_MULTIPLY_TRANSPOSED(multiply_transposed_bfloat16, "bf16.bf16")
+DSV32_MULTIPLY_TRANSPOSED(multiply_transposed_float16, "f16.f16")
+#undef DSV32_MULTIPLY_TRANSPOSED
 
-// sums[64, 128] += a[64, 16] b[16, 128] in bfloat16; columns of b are contiguous. Of the same thread, a holds rows
+// sums[64, 128] += a[64, 16] b[16, 128] in float16; columns of b are contiguous. Of the same thread, a holds rows
 // 16 w + g and 16 w + g + 8 at columns 2 t and 2 t + 1, then both at columns 2 t + 8 and 2 t + 9.
 __device__ __forceinline__ void multiply(float (&sums)[64], const uint32_t (&a)[4], uint64_t b) {
   asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "

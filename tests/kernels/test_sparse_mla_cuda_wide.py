@@ -17,27 +17,12 @@ def on_cpu(tmp_path_factory):
     return kernel_on_cpu("sparse_mla_wide", tmp_path_factory.mktemp("cuda_on_cpu"))
 
 
-def decoded(cache):
-    """Rows as the kernel decodes them, in float32: by a scale in two parts, rounded to bfloat16."""
-    views = latent_fp8_views(cache)
-    codes = views.nope_fp8.view(torch.uint8).view(torch.float8_e4m3fn).double().unflatten(-1, (4, 128))
-    scale = views.nope_scale.double().unsqueeze(-1)
-    high = scale.bfloat16().double()
-    low = (scale - high).bfloat16().double()
-    latent = (codes * high + (codes * low).bfloat16().double()).bfloat16().flatten(-2)
-    return torch.cat((latent, views.rope), dim=-1).float()
-
-
 def assert_right(got, q, cache, slots, valid, scale):
-    """Near the reference on the rows as they are decoded, and not far from it on the rows as they are."""
     out, lse = got
     empty = valid == 0
     assert not out[empty].any()
     assert bool((lse[empty] == -torch.inf).all())
-    assert_near(got, sparse_mla.reference(q.float(), decoded(cache), slots, valid, scale))
-    wanted, wanted_lse = sparse_mla.reference(q.float(), cache, slots, valid, scale)
-    torch.testing.assert_close(lse, wanted_lse, rtol=2**-9, atol=0.03)
-    torch.testing.assert_close(out.float(), wanted, rtol=0.05, atol=0.05 * float(wanted.abs().max()))
+    assert_near(got, sparse_mla.reference(q.float(), cache, slots, valid, scale))
 
 
 def test_counts_around_tiles_on_cpu(on_cpu):

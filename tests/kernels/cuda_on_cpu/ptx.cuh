@@ -106,7 +106,6 @@ T load_aligned_if(bool wanted, const void* global) {
   }
   return wanted ? *static_cast<const T*>(global) : T{};
 }
-inline uint2 load_pair_if(bool wanted, const void* global) { return load_aligned_if<uint2>(wanted, global); }
 inline uint4 load_quad_if(bool wanted, const void* global) { return load_aligned_if<uint4>(wanted, global); }
 
 inline void prefetch(const void* global) { *static_cast<const volatile uint8_t*>(global); }
@@ -183,6 +182,9 @@ inline uint32_t pack_float16(float low, float high) {
   std::memcpy(&pair, x, 4);
   return pair;
 }
+inline float2 unpack_float16(uint32_t pair) {
+  return {value_of_float16(static_cast<uint16_t>(pair)), value_of_float16(static_cast<uint16_t>(pair >> 16))};
+}
 inline uint32_t float16_of_low_bytes(uint32_t bytes) {
   return pack_float16(value_of_e4m3(static_cast<uint8_t>(bytes)), value_of_e4m3(static_cast<uint8_t>(bytes >> 8)));
 }
@@ -190,18 +192,6 @@ inline uint32_t float16_of_high_bytes(uint32_t bytes) { return float16_of_low_by
 inline uint32_t swap_inner_bytes(uint32_t x) {
   return (x & 0xff0000ffu) | (x >> 8 & 0xff00u) | (x << 8 & 0xff0000u);
 }
-
-// In double, products are exact, and of these sums at most the last bits are lost.
-inline uint32_t multiply_add_pairs(uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t result = 0;
-  for (int half = 0; half < 2; ++half) {
-    const auto value = [=](uint32_t pair) { return value_of_bfloat16(static_cast<uint16_t>(pair >> 16 * half)); };
-    const double x = static_cast<double>(value(a)) * value(b) + value(c);
-    result |= static_cast<uint32_t>(__float2bfloat16_rn(static_cast<float>(x)).bits) << 16 * half;
-  }
-  return result;
-}
-inline uint32_t multiply_pairs(uint32_t a, uint32_t b) { return multiply_add_pairs(a, b, 0x80008000u); }
 
 inline uint32_t forget_origin(uint32_t x) { return x; }
 

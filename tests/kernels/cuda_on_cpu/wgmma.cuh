@@ -48,7 +48,7 @@ struct Matrix {
 
   uint32_t field(int bit) const { return static_cast<uint32_t>(descriptor >> bit & 0x3fff) << 4; }
 
-  float at(uint32_t offset) const {
+  uint16_t at(uint32_t offset) const {
     if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0) {
       fail("a descriptor of another kind");
     }
@@ -59,19 +59,19 @@ struct Matrix {
     }
     uint16_t bits;
     std::memcpy(&bits, block->seen_by_products.data() + address, 2);
-    return __uint_as_float(static_cast<uint32_t>(bits) << 16);
+    return bits;
   }
   // Rows of 128 bytes, eight of them a swizzle atom; the stride is between atoms.
-  float k_major(int mn, int k) const { return at(mn % 8 * 128 + mn / 8 * field(32) + k * 2); }
+  uint16_t k_major(int mn, int k) const { return at(mn % 8 * 128 + mn / 8 * field(32) + k * 2); }
   // 64 elements, by 8 along K: an atom. The leading stride goes along M or N, the other along K.
-  float mn_major(int mn, int k) const {
+  uint16_t mn_major(int mn, int k) const {
     return at(mn % 64 * 2 + mn / 64 * field(16) + k % 8 * 128 + k / 8 * field(32));
   }
 };
 
-// The part of a thread of sums[64, kSize * 2] (+)= a[64, 16] b[16, kSize * 2].
-template <int kSize, class A, class B>
-void start_product(float (&sums)[kSize], bool add, A a, B b) {
+// The part of a thread of sums[64, kSize * 2] (+)= a[64, 16] b[16, kSize * 2], of numbers whose bits a and b give.
+template <int kSize, class A, class B, class Value>
+void start_product(float (&sums)[kSize], bool add, A a, B b, Value value) {
   auto& products = current->products;
   if (!products.is_fenced) {
     fail("a product without a fence");
@@ -88,7 +88,7 @@ void start_product(float (&sums)[kSize], bool add, A a, B b) {
       const int row = lane / 4 + i % 4 / 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
       double sum = add ? held.values[i] : 0.0;
       for (int k = 0; k < 16; ++k) {
-        sum += static_cast<double>(a(row, k)) * b(column, k);
+        sum += static_cast<double>(value(a(row, k))) * value(b(column, k));
       }
       held.values[i] = static_cast<float>(sum);
     }
@@ -97,13 +97,20 @@ void start_product(float (&sums)[kSize], bool add, A a, B b) {
   });
 }
 
-inline void multiply_transposed(float (&sums)[32], uint64_t a, uint64_t b, bool add) {
+template <class Value>
+void multiply_transposed(float (&sums)[32], uint64_t a, uint64_t b, bool add, Value value) {
   emulator::exchange({});  // all lanes come
   const Matrix rows = {current->block, a}, columns = {current->block, b};
   const int first = current->index / 32 % 4 * 16;
   start_product(
       sums, add, [=](int row, int k) { return rows.k_major(first + row, k); },
-      [=](int column, int k) { return columns.k_major(column, k); });
+      [=](int column, int k) { return columns.k_major(column, k); }, value);
+}
+inline void multiply_transposed_bfloat16(float (&sums)[32], uint64_t a, uint64_t b, bool add) {
+  multiply_transposed(sums, a, b, add, value_of_bfloat16);
+}
+inline void multiply_transposed_float16(float (&sums)[32], uint64_t a, uint64_t b, bool add) {
+  multiply_transposed(sums, a, b, add, value_of_float16);
 }
 
 inline void multiply(float (&sums)[64], const uint32_t (&a)[4], uint64_t b) {
@@ -118,9 +125,9 @@ inline void multiply(float (&sums)[64], const uint32_t (&a)[4], uint64_t b) {
       [=](int row, int k) {
         uint32_t registers[4];
         std::memcpy(registers, lanes[row % 8 * 4 + k % 8 / 2].words, sizeof(registers));
-        return value_of_bfloat16(static_cast<uint16_t>(registers[row / 8 + k / 8 * 2] >> k % 2 * 16));
+        return static_cast<uint16_t>(registers[row / 8 + k / 8 * 2] >> k % 2 * 16);
       },
-      [=](int column, int k) { return columns.mn_major(column, k); });
+      [=](int column, int k) { return columns.mn_major(column, k); }, value_of_float16);
 }
 
 }  // namespace dsv32
