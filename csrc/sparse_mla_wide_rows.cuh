@@ -58,7 +58,9 @@ __device__ __forceinline__ void decode_half(const Turn<kStages>& turn, Shared& s
   const uint32_t panels = shared_address(shared.rows[turn.stage]);
 #pragma unroll
   for (int i = 0; i < kRowsOfLane; ++i) {
-    const uint32_t chunk = panels + chunk_offset(warp * kRowsOfWarp + 4 * i + lane / 8, lane % 8);
+    // Eight rows on, chunks are in the same order.
+    const int first = warp * kRowsOfWarp + i % 2 * 4 + lane / 8;
+    const uint32_t chunk = panels + chunk_offset(first, lane % 8) + i / 2 * 8 * 128;
 #pragma unroll
     for (int group = 0; group < kGroupsOfHalf; ++group) {
       const int panel = kHalf * kPanelsOfHalf + 2 * group;

@@ -101,8 +101,8 @@ def test_every_code_and_its_scale_on_cpu(on_cpu):
     out, _ = on_cpu(q, cache, slots, valid, scale, 1)
     assert torch.equal(out, out[:, :1].expand_as(out))
     wanted = sparse_mla.gather_latent(cache, slots[:, 0])[:, :512]
-    # Half of the last bit of eight, and a little for the scale.
-    torch.testing.assert_close(out[:, 0].float(), wanted, rtol=2**-8 * 1.01, atol=0)
+    # Half of the last bit of eight, and a little for the product of weight and scale.
+    torch.testing.assert_close(out[:, 0].float(), wanted, rtol=2**-8 * 1.2, atol=0)
 
 
 def test_products_overlap_and_registers_suffice(tmp_path):
