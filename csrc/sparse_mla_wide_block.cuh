@@ -20,9 +20,9 @@ constexpr int kValueRegisters = 176;
 constexpr int kRowRegisters = 80;
 static_assert(kScoreRegisters + kValueRegisters + kRowRegisters <= 3 * 168);
 
-// Columns of queries and of decoded rows are in the order in which pairs are decoded and stored. Of 128 latents, which
-// share a scale, one panel holds pairs whose index is even and the next one the others: chunk u of either holds the
-// four of latents 16 u to 16 u + 15. The last panel holds what is rotated, in its own order.
+// Columns of queries and of decoded rows are in an order in which a thread has four latents in a row to store. Of 128
+// latents, which share a scale, one panel holds pairs whose index is even and the next one the others: chunk u of
+// either holds the four of latents 16 u to 16 u + 15. The last panel holds what is rotated, in its own order.
 constexpr int kNumPanels = kLatentDim / kPanelColumns;
 constexpr int kRopePanel = kNumPanels - 1;
 static_assert(kLatentGroupSize == 2 * kPanelColumns);
@@ -38,11 +38,12 @@ constexpr int kStages = 2;  // of rows
 constexpr int kValueSteps = kTileKeys / 16;
 
 struct Shared {
-  // Latents of both are float16, and what is rotated is bfloat16. Those of queries are multiplied by a power of two for
-  // each head, those of rows lack their scales.
+  // Latents of both are float16, and what is rotated is bfloat16. Those of queries are multiplied by a power of two
+  // for each head, those of rows lack their scales.
   alignas(kPanelAlignment) uint8_t queries[kNumPanels][kPanelNbytes];
   alignas(kPanelAlignment) uint8_t rows[kStages][kNumPanels][kPanelNbytes];
-  float scales[kStages][kNumGroups][kTileKeys];  // relative to a power of two for each key, see sparse_mla_wide_scales.cuh
+  // Relative to a power of two for each key, see sparse_mla_wide_scales.cuh.
+  float scales[kStages][kNumGroups][kTileKeys];
   uint32_t powers[kStages][kTileKeys];
   uint4 weights[kValueSteps][kWarpgroup];  // as each thread of a warpgroup holds them as operands
   float factors[kTileHeads];               // of sums; before the first weights, what undoes the factors of queries

@@ -1,8 +1,8 @@
 // The warpgroup that reads rows of the cache, decodes them and writes them to shared memory.
 //
 // Eight lanes read 128 bytes of a row, a group with one scale, and write the two chunks that each has decoded to two
-// panels; scales are kept apart. Half of the columns of a tile at a time: they are read before the stage is free for them. Whole rows are
-// brought to the GPU's second-level cache a tile ahead.
+// panels; scales are kept apart. Half of the columns of a tile at a time: they are read before the stage is free for
+// them. Whole rows are brought to the GPU's second-level cache a tile ahead.
 #pragma once
 
 #include "sparse_mla_wide_block.cuh"

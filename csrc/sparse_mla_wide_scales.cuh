@@ -1,7 +1,7 @@
 // Scales of rows, which are not in what rows are decoded to: products of scores are multiplied by them, and weights.
 //
 // A key has four. They are held relative to a power of two, which takes the greatest to between 1 and 2; weights that
-// are handed over are multiplied by that power. The products with the scales become float16: see grown() for range.
+// are handed over are multiplied by that power. Their products with the scales become float16: grown() says of range.
 #pragma once
 
 #include "sparse_mla_float16.cuh"

@@ -16,7 +16,7 @@ __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.a
 // Products since the last commit are a group.
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// The compiler may not read these before what comes before.
+// What reads these sums comes after what stands before this, and what writes them before.
 template <int kSize>
 __device__ __forceinline__ void pin(float (&sums)[kSize]) {
 #pragma unroll

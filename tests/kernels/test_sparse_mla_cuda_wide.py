@@ -92,7 +92,7 @@ def test_every_code_and_its_scale_on_cpu(on_cpu):
     """One key a token, whose weight is one: what comes out is the row, rounded."""
     q, cache, slots, valid, scale = problem(33, [1, 1, 1], 64, 256)
     views = latent_fp8_views(cache)
-    scales = torch.tensor([[1.0, 1 / 448, 3.1e-5, 77.7], [1e-3, 0.017, 500.0, 3e-9], [0.0, 0.3, 2.0, 1e4]])
+    scales = torch.tensor([[1.0, 1 / 448, 3.1e-5, 77.7], [1e-3, 0.017, 500.0, 3e-4], [0.0, 0.3, 2.0, 1e4]])
     for token, at in enumerate(slots[:, 0].tolist()):
         codes = torch.randperm(512) % 256
         codes[codes % 128 == 127] = 0  # NaN

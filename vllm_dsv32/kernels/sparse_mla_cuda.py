@@ -38,15 +38,13 @@ def sparse_mla(
     num_valid: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`vllm_dsv32.kernels.sparse_mla.reference`; for up to 32 heads and for more, products differ.
+    """See :func:`vllm_dsv32.kernels.sparse_mla.reference`.
 
-    Up to 32: of float16, but for the rotary part. Queries are exact, but for those below ``2**-31`` of the greatest
-    of their head: these are off by at most ``2**-39`` of it. A key's weight, times the scale of a group, is rounded
-    to float16: to 11 bits down to ``2**-28`` of the greatest such product of the head and the token's keys, to
-    fewer below. An infinite query, a NaN in a row, and scores or scales beyond the range of float32 give NaN.
-
-    More: of bfloat16, to which rows and weights are rounded. Queries of ``2**68`` and more overflow. A NaN in a row
-    gives NaN if it is that of a scale or of the rotary part; its e4m3 code counts as 480.
+    Products are of float16, but for the rotary part. Queries are exact, but for those below ``2**-31`` of the
+    greatest of their head: these are off by at most ``2**-39`` of it. A key's weight, times the scale of a group,
+    is rounded to float16, with more than 32 heads twice: to 11 bits down to ``2**-26`` of the greatest such product
+    of the head and the token's keys, to fewer below. An infinite query, a NaN in a row, and scores or scales beyond
+    the range of float32 give NaN.
 
     Raises:
         ValueError: queries or a cache of another type; or pages that are not aligned.

@@ -1,7 +1,7 @@
 """The kernel of ``sparse_mla`` in CUDA C++ for more than 32 heads, with products of warpgroups.
 
-A block attends all keys of one token, or a split of them, for 64 heads. It decodes rows to bfloat16, which rounds
-them. Splits, of steps with few tokens, are joined by a second launch, in Triton.
+A block attends all keys of one token, or a split of them, for 64 heads. It decodes rows to float16, without their
+scales. Splits, of steps with few tokens, are joined by a second launch, in Triton.
 """
 
 import torch
