@@ -14,6 +14,16 @@ __device__ __forceinline__ void clear_row(uint8_t* row, int lane) {
   }
 }
 
+// To the second-level cache, since warps of scores wait for them with nothing else to do.
+__device__ __forceinline__ void prefetch_queries(const SparseMlaArguments& p, const Work& work, int warp, int lane) {
+  constexpr int kLine = 128;
+  const auto* q = static_cast<const uint8_t*>(p.q) +
+                  (static_cast<int64_t>(work.token) * p.num_heads + work.first_head) * kLatentDim * 2;
+  for (int i = (warp * 32 + lane) * kLine; i < work.num_heads * kLatentDim * 2; i += kNumCopyWarps * 32 * kLine) {
+    prefetch(q + i);
+  }
+}
+
 // Four warps of 16 rows each, a row by a lane. Rows past the last key become zeros: their weights are zero, but zero
 // times what was there could be NaN. Their slots are loaded, since the count of keys is on its way at the same time,
 // and used for nothing.

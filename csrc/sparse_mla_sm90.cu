@@ -77,6 +77,9 @@ __device__ __forceinline__ void copy_works(Shared& shared, const SparseMlaArgume
                                            int lane) {
   Turn<kStages> turn;
   for (int index = place.first_work; index < place.num_works; index += place.stride) {
+    if (index + place.stride < place.num_works) {
+      prefetch_queries(p, Work(p, place, index + place.stride), warp, lane);
+    }
     copy_tiles(turn, shared, p, Work(p, place, index), warp, lane);
   }
   let_others_join(place);

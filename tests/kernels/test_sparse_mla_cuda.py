@@ -10,6 +10,7 @@ import torch
 from kernels.emulated import load_build
 from kernels.sparse_mla_cuda_cases import SCALE, assert_near, kernel_on_cpu, needs_hopper, needs_library, problem
 from vllm_dsv32.kernels import cuda_library, sparse_mla, sparse_mla_cuda
+from vllm_dsv32.kernels.sparse_mla_cuda import launches
 
 ROOT = Path(__file__).parents[2]
 
@@ -141,11 +142,24 @@ def test_what_it_does_not_take(q, cache, message):
 def test_splits_fill_the_gpu():
     concurrency = (132, 66, 42, 30, 24, 18, 15, 7)
     chosen = {1: 16, 7: 16, 8: 8, 16: 6, 18: 6, 24: 5, 30: 4, 32: 3, 42: 3, 43: 2, 64: 2, 84: 3, 128: 1, 256: 1}
-    got = {programs: sparse_mla_cuda.split_count(programs, 2048, concurrency) for programs in chosen}
-    assert got == chosen
-    assert sparse_mla_cuda.split_count(1, 64, concurrency) == 1
-    assert sparse_mla_cuda.split_count(1, 320, concurrency) == 5
-    assert sparse_mla_cuda.split_count(1, 2048, (132, *(0 for _ in concurrency[1:]))) == 1
+    for tokens, splits in chosen.items():
+        assert launches(tokens, 1, 2048, concurrency) == ((tokens, splits),)
+    assert launches(16, 2, 2048, concurrency) == ((16, 3),)
+    assert launches(1, 1, 64, concurrency) == ((1, 1),)
+    assert launches(1, 1, 320, concurrency) == ((1, 5),)
+    assert launches(1, 1, 2048, (132, *(0 for _ in concurrency[1:]))) == ((1, 1),)
+
+
+def test_tokens_that_would_keep_few_blocks_busy_are_a_launch_of_their_own():
+    concurrency = (132, 66, 42, 30, 24, 18, 15, 7)
+    assert launches(133, 1, 2048, concurrency) == ((132, 1), (1, 16))
+    assert launches(160, 1, 2048, concurrency) == ((132, 1), (28, 4))
+    assert launches(4096, 1, 2048, concurrency) == ((4092, 1), (4, 16))
+    assert launches(4096, 2, 2048, concurrency) == ((4092, 1), (4, 8))
+    for tokens in (264, 1000, 4096, 8192):
+        for programs in (1, 2):
+            assert sum(count for count, _ in launches(tokens, programs, 2048, concurrency)) == tokens
+    assert launches(133, 1, 64, concurrency) == ((133, 1),)  # nothing to split
 
 
 @needs_library
@@ -167,7 +181,7 @@ def test_the_library_takes_these_splits_and_no_others():
 @needs_hopper
 def test_counts_around_tiles_and_splits(monkeypatch, num_heads, num_splits):
     if num_splits is not None:
-        monkeypatch.setattr(sparse_mla_cuda, "split_count", lambda *_: num_splits)
+        monkeypatch.setattr(sparse_mla_cuda, "launches", lambda num_tokens, *_: ((num_tokens, num_splits),))
     num_valid = [0, 1, 63, 64, 65, 127, 128, 129, 139, 1000, 2047, 2048, 2048]
     arguments = problem(num_heads, num_valid, 2048, 4096, device="cuda")
     out, lse = sparse_mla_cuda.sparse_mla(*arguments)
@@ -178,6 +192,18 @@ def test_counts_around_tiles_and_splits(monkeypatch, num_heads, num_splits):
         again, lse_again = sparse_mla_cuda.sparse_mla(*arguments)
         assert torch.equal(again, out)
         assert torch.equal(lse_again, lse)
+
+
+@pytest.mark.parametrize("num_heads", [16, 32])
+@needs_library
+@needs_hopper
+def test_more_tokens_than_blocks(num_heads):
+    num_valid = [min(7 * token, 2048) for token in range(139)]
+    arguments = problem(num_heads, num_valid, 2048, 4096, device="cuda")
+    got = sparse_mla_cuda.sparse_mla(*arguments)
+    assert_near(got, sparse_mla.reference(arguments[0].float(), *arguments[1:]))
+    again = sparse_mla_cuda.sparse_mla(*arguments)
+    assert all(torch.equal(x, y) for x, y in zip(again, got, strict=True))
 
 
 @pytest.mark.parametrize("block_size", [16, 48, 256])

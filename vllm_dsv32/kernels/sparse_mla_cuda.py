@@ -12,7 +12,7 @@ import torch
 from vllm_dsv32.kernels import cuda_library, sparse_mla_cuda_wide
 from vllm_dsv32.layout import KV_LORA_RANK, is_fp8_ds_mla
 
-__all__ = ["HEADS", "KEYS", "MAX_HEADS", "SPLITS", "sparse_mla", "split_count"]
+__all__ = ["HEADS", "KEYS", "MAX_HEADS", "SPLITS", "launches", "sparse_mla"]
 
 HEADS = 16
 """Of a block."""
@@ -66,21 +66,44 @@ def sparse_mla(
     if num_heads > MAX_HEADS:
         sparse_mla_cuda_wide.attend(q, cache, topk_slot, num_valid, scale_log2, out, lse)
         return out, lse
-    num_programs = num_tokens * -(-num_heads // HEADS)
-    num_splits = split_count(num_programs, topk_slot.shape[1], _concurrency(q.device))
-    torch.ops.vllm_dsv32.sparse_mla_fp8(q, cache, topk_slot, num_valid, scale_log2, num_splits, out, lse)
+    num_programs = -(-num_heads // HEADS)
+    first = 0
+    for count, num_splits in launches(num_tokens, num_programs, topk_slot.shape[1], _concurrency(q.device)):
+        part = slice(first, first + count)
+        torch.ops.vllm_dsv32.sparse_mla_fp8(
+            q[part], cache, topk_slot[part], num_valid[part], scale_log2, num_splits, out[part], lse[part]
+        )
+        first += count
     return out, lse
 
 
 @cache
-def split_count(num_programs: int, num_keys: int, concurrency: tuple[int, ...]) -> int:
-    """Into how many splits to divide the keys of every token, so that the launch is over soonest.
+def launches(
+    num_tokens: int, num_programs: int, num_keys: int, concurrency: tuple[int, ...]
+) -> tuple[tuple[int, int], ...]:
+    """The tokens and the splits of each launch, so that all are over soonest.
+
+    One launch, or two: as many tokens as every block can take alike, one after the other, then the rest in splits.
+    In the same launch, these would keep a few blocks busy for as long as a whole token takes.
 
     Args:
-        num_programs: clusters of the launch.
+        num_tokens: at least one.
+        num_programs: of a token.
         num_keys: of a token, at most; the host knows no more.
         concurrency: clusters of each of SPLITS that the GPU runs at once; zero where it runs none.
     """
+    cost, num_splits = _splits(num_tokens * num_programs, num_keys, concurrency)
+    rest = num_tokens * num_programs % concurrency[0] // num_programs
+    if 0 < rest < num_tokens:
+        whole_cost, whole_splits = _splits((num_tokens - rest) * num_programs, num_keys, concurrency)
+        rest_cost, rest_splits = _splits(rest * num_programs, num_keys, concurrency)
+        if whole_cost + rest_cost < cost:
+            return (num_tokens - rest, whole_splits), (rest, rest_splits)
+    return ((num_tokens, num_splits),)
+
+
+def _splits(num_programs: int, num_keys: int, concurrency: tuple[int, ...]) -> tuple[int, int]:
+    """How long a launch of so many clusters takes, in keys of a block, and into how many splits to divide each."""
 
     def cost(num_splits: int, num_concurrent: int) -> int:
         num_waves = -(-num_programs // num_concurrent)
@@ -89,12 +112,11 @@ def split_count(num_programs: int, num_keys: int, concurrency: tuple[int, ...]) 
             return num_waves * num_tiles * KEYS + _START_COST
         return num_waves * (num_tiles * KEYS + _START_COST + _JOIN_COST)
 
-    candidates = [
+    return min(
         (cost(num_splits, num_concurrent), num_splits)
         for num_splits, num_concurrent in zip(SPLITS, concurrency, strict=True)
         if num_concurrent and (num_splits == 1 or num_splits * KEYS <= num_keys)
-    ]
-    return min(candidates)[1]
+    )
 
 
 @cache
