@@ -141,7 +141,23 @@ def test_what_it_does_not_take(q, cache, message):
 
 def test_splits_fill_the_gpu():
     concurrency = (132, 66, 42, 30, 24, 18, 16, 15, 8, 7)
-    chosen = {1: 16, 7: 16, 8: 11, 9: 8, 16: 7, 18: 6, 24: 5, 30: 4, 32: 3, 42: 3, 43: 2, 64: 2, 84: 3, 128: 1, 256: 1}
+    chosen = {
+        1: 16,
+        7: 16,
+        8: 11,
+        9: 8,
+        16: 7,
+        18: 6,
+        24: 5,
+        30: 4,
+        32: 3,
+        42: 3,
+        43: 2,
+        64: 2,
+        84: 3,
+        128: 1,
+        256: 1,
+    }
     for tokens, splits in chosen.items():
         assert launches(tokens, 1, 2048, concurrency) == ((tokens, splits),)
     assert launches(16, 2, 2048, concurrency) == ((16, 3),)

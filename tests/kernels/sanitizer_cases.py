@@ -1,0 +1,58 @@
+"""Small problems that csrc/sanitize.py runs under compute-sanitizer: ``python -m kernels.sanitizer_cases KERNEL``.
+
+Everything but the kernel is done on the CPU, so that it is all that the sanitizer sees.
+"""
+
+import sys
+
+import torch
+
+from kernels.sparse_mla_cuda_cases import assert_near, problem
+from vllm_dsv32.kernels import cuda_library, sparse_mla, sparse_mla_cuda, topk_select
+
+
+def attend(num_heads, num_valid, num_slots):
+    q, cache, slots, valid, scale = problem(num_heads, num_valid, num_slots, 2048)
+    got = sparse_mla_cuda.sparse_mla(q.cuda(), cache.cuda(), slots.cuda(), valid.cuda(), scale)
+    assert_near([x.cpu() for x in got], sparse_mla.reference(q.float(), cache, slots, valid, scale))
+
+
+def run_sparse_mla():
+    attend(16, [0, 1, 63, 64, 65, 129, 512], 512)
+    attend(16, [700], 2048)
+    attend(8, [300, 2], 320)
+    attend(32, [64] * 70, 64)  # more work than blocks
+
+
+def run_sparse_mla_wide():
+    attend(64, [0, 1, 65, 300], 512)
+    attend(128, [200], 512)
+    attend(100, [130, 64], 192)
+
+
+def run_topk_select():
+    cuda_library.require()
+    k = 2048
+    generator = torch.Generator().manual_seed(1)
+    for width, cluster_sizes in ((5000, (1, 2)), (20_000, (2, 8))):
+        num_keys = torch.tensor([width, 0, 1, k - 1, k, k + 1, width - 1], dtype=torch.int32)
+        logits = torch.randn(len(num_keys), width, generator=generator)
+        logits[-1] = (logits[-1] * 2).round()
+        ids, table = torch.zeros_like(num_keys), torch.zeros(1, 1, dtype=torch.int32)
+        wanted = torch.empty(len(num_keys), k, dtype=torch.int32)
+        topk_select.reference(logits, num_keys, ids, table, 1 << 30, wanted)
+        for size in cluster_sizes:
+            out = torch.empty_like(wanted, device="cuda")
+            given = [x.cuda() for x in (logits, num_keys, ids, table)]
+            torch.ops.vllm_dsv32.topk_select(*given, 1 << 30, size, out)
+            assert torch.equal(out.cpu(), wanted)
+
+
+RUNS = {
+    "sparse_mla": run_sparse_mla,
+    "sparse_mla_wide": run_sparse_mla_wide,
+    "topk_select": run_topk_select,
+}
+
+if __name__ == "__main__":
+    RUNS[sys.argv[1]]()
