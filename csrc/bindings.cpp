@@ -80,7 +80,7 @@ void* current_stream(int device_index) {
 
 void require_splits(int64_t num_splits) {
   require(std::ranges::find(kSplitCounts, num_splits) != std::end(kSplitCounts),
-          "sparse_mla_fp8: num_splits: expected 1 to 8, 11 or 16, got ", num_splits);
+          "sparse_mla_fp8: num_splits: expected 1 to 6, 8 or 16, got ", num_splits);
 }
 
 // Of results, the caller says what they are like.

@@ -42,9 +42,7 @@ __device__ __forceinline__ void join_cluster(const Sums& sums, Shared& shared, c
     case 4: join_sums<4>(shared, p, work, place.rank, warp, lane); break;
     case 5: join_sums<5>(shared, p, work, place.rank, warp, lane); break;
     case 6: join_sums<6>(shared, p, work, place.rank, warp, lane); break;
-    case 7: join_sums<7>(shared, p, work, place.rank, warp, lane); break;
     case 8: join_sums<8>(shared, p, work, place.rank, warp, lane); break;
-    case 11: join_sums<11>(shared, p, work, place.rank, warp, lane); break;
     case 16: join_sums<16>(shared, p, work, place.rank, warp, lane); break;
   }
   // A block stays until all have read its shared memory; what they read, they have used.

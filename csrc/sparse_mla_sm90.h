@@ -21,7 +21,7 @@ struct SparseMlaArguments {
 };
 
 // Among how many blocks of a cluster the keys of a token can be split.
-constexpr int kSplitCounts[] = {1, 2, 3, 4, 5, 6, 7, 8, 11, 16};
+constexpr int kSplitCounts[] = {1, 2, 3, 4, 5, 6, 8, 16};
 
 // Clusters that the current device runs at once are counted. Both functions return null, or what went wrong.
 const char* launch_sparse_mla(const SparseMlaArguments& arguments, int num_splits, void* stream);

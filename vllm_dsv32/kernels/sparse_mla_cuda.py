@@ -20,7 +20,7 @@ KEYS = 64
 """Of a tile."""
 MAX_HEADS = 32
 """Beyond, blocks that read the same rows take longer than one that holds more heads: sparse_mla_cuda_wide."""
-SPLITS = (1, 2, 3, 4, 5, 6, 7, 8, 11, 16)
+SPLITS = (1, 2, 3, 4, 5, 6, 8, 16)
 """Blocks of a cluster: kSplitCounts of csrc/sparse_mla_sm90.h. With powers of two alone, 16 or 32 clusters would
 leave half of the processors idle. More than eight blocks need the GPU's leave, which SM 90 gives."""
 
