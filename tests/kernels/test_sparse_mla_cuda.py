@@ -159,6 +159,7 @@ def test_tokens_that_would_keep_few_blocks_busy_are_a_launch_of_their_own():
     for tokens in (264, 1000, 4096, 8192):
         for programs in (1, 2):
             assert sum(count for count, _ in launches(tokens, programs, 2048, concurrency)) == tokens
+    assert launches(200, 1, 2048, concurrency) == ((200, 1),)  # a second launch would take as long
     assert launches(133, 1, 64, concurrency) == ((133, 1),)  # nothing to split
 
 

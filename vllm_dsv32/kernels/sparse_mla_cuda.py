@@ -29,6 +29,8 @@ _START_COST = 192
 """Of a block, in keys: waiting for its first slots and rows, and for its last products."""
 _JOIN_COST = 64
 """Of a cluster, in keys: two barriers among its blocks, and reading each other's results."""
+_LAUNCH_COST = 256
+"""Of a second launch, in keys; part of it is that a last wave of few blocks takes less time than a full one."""
 
 
 def sparse_mla(
@@ -97,7 +99,7 @@ def launches(
     if 0 < rest < num_tokens:
         whole_cost, whole_splits = _splits((num_tokens - rest) * num_programs, num_keys, concurrency)
         rest_cost, rest_splits = _splits(rest * num_programs, num_keys, concurrency)
-        if whole_cost + rest_cost < cost:
+        if whole_cost + rest_cost + _LAUNCH_COST < cost:
             return (num_tokens - rest, whole_splits), (rest, rest_splits)
     return ((num_tokens, num_splits),)
 
