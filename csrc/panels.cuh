@@ -1,4 +1,5 @@
-// Matrices of 16-bit numbers in shared memory as products of a warpgroup read them: panels of 64 rows and 64 columns.
+// Matrices in shared memory as products of a warpgroup read them: panels of 64 rows and 64 columns of 16-bit numbers, or
+// 128 of fp8.
 //
 // A row of a panel is 128 bytes: eight chunks of 16, which lie in the order of chunk XOR (row % 8). So neither eight
 // rows at one chunk nor eight chunks of one row conflict, and the tensor cores undo it. Panels start at multiples of
@@ -24,11 +25,13 @@ __device__ __forceinline__ uint64_t describe(uint32_t address, uint32_t panel_st
   return (address >> 4 & 0x3fff) | static_cast<uint64_t>(panel_stride) << 16 | kRowsStride << 32 | uint64_t{1} << 62;
 }
 
-// 16 columns of all rows, whose number is the size of the product.
+// 32 bytes of all rows, whose number is the size of the product.
 __device__ __forceinline__ uint64_t describe_columns(uint32_t panels) { return describe(panels, 1); }
 __device__ __forceinline__ uint64_t at_column(uint64_t columns, int column) {
   return columns + (column / kPanelColumns * kPanelNbytes + column % kPanelColumns * 2) / 16;
 }
+// Within a panel.
+__device__ __forceinline__ uint64_t at_byte(uint64_t columns, int byte) { return columns + byte / 16; }
 
 // All columns of 16 rows.
 __device__ __forceinline__ uint64_t describe_rows(uint32_t panels) { return describe(panels, kPanelNbytes / 16); }

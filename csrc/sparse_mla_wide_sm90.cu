@@ -32,10 +32,6 @@ __device__ __forceinline__ void for_each_work(const SparseMlaArguments& p, int n
   }
 }
 
-// The same in all lanes, which the compiler cannot know of threadIdx. Each role asks for itself: what all of them had
-// would take a register of each.
-__device__ __forceinline__ int warp_of_thread() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
-
 __device__ __forceinline__ void score_works(Shared& shared, const SparseMlaArguments& p, int num_splits) {
   const int warp = warp_of_thread() % 4, lane = threadIdx.x % 32;
   ScoreTurns turns;

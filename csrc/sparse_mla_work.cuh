@@ -1,9 +1,10 @@
-// What the kernels of sparse_mla share: tiles of keys and of heads, rings of stages, rows of the cache.
+// What the kernels of sparse_mla share: tiles of keys and of heads, rows of the cache.
 #pragma once
 
 #include <cstdint>
 
 #include "layout.h"
+#include "roles.cuh"
 #include "sparse_mla_sm90.h"
 
 namespace dsv32 {
@@ -13,19 +14,6 @@ constexpr int kTileKeys = 64;
 __host__ __device__ __forceinline__ int num_head_tiles(int num_heads, int tile_heads) {
   return (num_heads + tile_heads - 1) / tile_heads;
 }
-
-// Where in a ring of stages a warp is.
-template <int kNumStages>
-struct Turn {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void next() {
-    if (++stage == kNumStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
 
 // Heads of a token; the index counts those of all tokens.
 template <int kTileHeads>

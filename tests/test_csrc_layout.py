@@ -1,4 +1,4 @@
-"""csrc/layout.h says of the latent cache what layout.py says."""
+"""csrc/layout.h says of both caches what layout.py says."""
 
 import re
 from pathlib import Path
@@ -15,4 +15,6 @@ def test_the_header_has_the_constants():
         "kRopeDim": layout.ROPE_DIM,
         "kLatentGroupSize": layout.LATENT_GROUP_SIZE,
         "kLatentFp8Nbytes": layout.LATENT_FP8_NBYTES,
+        "kIndexHeadDim": layout.INDEX_HEAD_DIM,
+        "kIndexKeyNbytes": layout.INDEX_KEY_NBYTES,
     }

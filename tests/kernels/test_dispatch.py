@@ -126,7 +126,11 @@ def test_an_override_is_obeyed_or_refused():
         select_kernels(PROBLEM, {"attention": "reference"})
 
 
-CUDA = {"topk_select": ON_A_GPU, "sparse_mla": replace(ON_A_GPU, cache_format="fp8_ds_mla")}
+CUDA = {
+    "index_logits": replace(ON_A_GPU, num_index_heads=64),
+    "topk_select": ON_A_GPU,
+    "sparse_mla": replace(ON_A_GPU, cache_format="fp8_ds_mla"),
+}
 
 
 @pytest.mark.parametrize("operation", CUDA)
@@ -142,6 +146,9 @@ def test_cuda_kernels_come_first_where_they_were_built(monkeypatch, operation, r
 @pytest.mark.parametrize(
     ("operation", "change", "words"),
     [
+        ("index_logits", {"capability": (10, 0)}, "takes compute capability 9.0, got 10.0"),
+        ("index_logits", {"num_index_heads": 32}, "takes 64 index heads, got 32"),
+        ("index_logits", {"dtype": torch.float16}, "takes models in bfloat16 or float32, got torch.float16"),
         ("topk_select", {"device_type": "cpu"}, "takes CUDA devices, got cpu"),
         ("topk_select", {"capability": (10, 0)}, "takes compute capability 9.0, got 10.0"),
         ("topk_select", {"topk": 2049}, "takes a top-k of at most 2048, got 2049"),

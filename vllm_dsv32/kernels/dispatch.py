@@ -177,6 +177,12 @@ def _library_kernel_refuses(problem: Problem) -> Refusal:
     return cuda_library.refusal()
 
 
+def _cuda_index_logits_refuses(problem: Problem) -> Refusal:
+    """What Gluon refuses too, to which few rows a request are left."""
+    refusal = _library_kernel_refuses(problem)
+    return _gluon_index_logits_refuses(problem) if refusal is None else refusal
+
+
 _CUDA_TOPK = 2048
 
 
@@ -270,6 +276,7 @@ def _vendor(operation: str, name: str, refuse: Callable[[Problem], Refusal]) -> 
 KERNELS: list[Kernel] = [
     _triton("token_keys"),
     _triton("keys_and_queries"),
+    _cuda("index_logits", _cuda_index_logits_refuses),
     _gluon("index_logits", _gluon_index_logits_refuses),
     _triton("index_logits"),
     _cuda("topk_select", _cuda_topk_refuses),

@@ -25,7 +25,7 @@ from vllm_dsv32.kernels.triton_dependent_launch import dependence, launch_option
 from vllm_dsv32.kernels.triton_device import ceil_div
 from vllm_dsv32.layout import INDEX_HEAD_DIM, index_key_views
 
-__all__ = ["NUM_HEADS", "Tiling", "compilations", "index_logits", "tiling"]
+__all__ = ["NUM_HEADS", "Tiling", "compilations", "index_logits", "takes", "tiling"]
 
 NUM_HEADS = 64
 _NUM_KEYS = 64
@@ -306,7 +306,7 @@ def index_logits(
     if num_heads != NUM_HEADS:
         raise ValueError(f"index_logits in Gluon takes {NUM_HEADS} heads, got {num_heads}; choose triton")
     tiles = None
-    if num_rows > 0 and _takes(cache):
+    if num_rows > 0 and takes(cache):
         num_multiprocessors = triton_device.num_multiprocessors(q_fp8.device)
         tiles = tiling(num_rows, block_table.shape[0], num_multiprocessors)
     if tiles is None:
@@ -341,7 +341,7 @@ def index_logits(
     return logits
 
 
-def _takes(cache: torch.Tensor) -> bool:
+def takes(cache: torch.Tensor) -> bool:
     """Whether tiles of keys lie in one block each, where they can be copied."""
     return cache.shape[1] % _NUM_KEYS == 0 and cache.data_ptr() % _ALIGNMENT == cache.stride(0) % _ALIGNMENT == 0
 

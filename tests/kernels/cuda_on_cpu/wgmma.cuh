@@ -51,29 +51,34 @@ struct Matrix {
 
   uint32_t field(int bit) const { return static_cast<uint32_t>(descriptor >> bit & 0x3fff) << 4; }
 
-  uint16_t at(uint32_t offset) const {
+  template <class Bits>
+  Bits at(uint32_t offset) const {
     if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0) {
       fail("a descriptor of another kind");
     }
     uint32_t address = field(0) + offset;
     address ^= (address >> 7 & 7) << 4;
-    if (address + 2 > block->nbytes) {
+    if (address + sizeof(Bits) > block->nbytes) {
       fail("a product past the end of shared memory");
     }
-    uint16_t bits;
-    std::memcpy(&bits, block->seen_by_products.data() + address, 2);
+    Bits bits;
+    std::memcpy(&bits, block->seen_by_products.data() + address, sizeof(Bits));
     return bits;
   }
   // Rows of 128 bytes, eight of them a swizzle atom; the stride is between atoms.
-  uint16_t k_major(int mn, int k) const { return at(mn % 8 * 128 + mn / 8 * field(32) + k * 2); }
+  template <class Bits>
+  Bits k_major(int mn, int k) const {
+    return at<Bits>(mn % 8 * 128 + mn / 8 * field(32) + k * sizeof(Bits));
+  }
   // 64 elements, by 8 along K: an atom. The leading stride goes along M or N, the other along K.
   uint16_t mn_major(int mn, int k) const {
-    return at(mn % 64 * 2 + mn / 64 * field(16) + k % 8 * 128 + k / 8 * field(32));
+    return at<uint16_t>(mn % 64 * 2 + mn / 64 * field(16) + k % 8 * 128 + k / 8 * field(32));
   }
 };
 
-// The part of a thread of sums[64, kSize * 2] (+)= a[64, 16] b[16, kSize * 2], of numbers whose bits a and b give.
-template <int kSize, class A, class B, class Value>
+// The part of a thread of sums[64, kSize * 2] (+)= a[64, kDepth] b[kDepth, kSize * 2], of numbers whose bits a and b
+// give.
+template <int kDepth, int kSize, class A, class B, class Value>
 void start_product(float (&sums)[kSize], bool add, A a, B b, Value value) {
   auto& products = current->products;
   if (!products.is_fenced) {
@@ -90,7 +95,7 @@ void start_product(float (&sums)[kSize], bool add, A a, B b, Value value) {
     for (int i = 0; i < kSize; ++i) {
       const int row = lane / 4 + i % 4 / 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
       double sum = add ? held.values[i] : 0.0;
-      for (int k = 0; k < 16; ++k) {
+      for (int k = 0; k < kDepth; ++k) {
         sum += static_cast<double>(value(a(row, k))) * value(b(column, k));
       }
       held.values[i] = static_cast<float>(sum);
@@ -100,20 +105,30 @@ void start_product(float (&sums)[kSize], bool add, A a, B b, Value value) {
   });
 }
 
-template <class Value>
-void multiply_transposed(float (&sums)[32], uint64_t a, uint64_t b, bool add, Value value) {
+template <int kDepth, class Bits, int kSize, class Value>
+void multiply_transposed(float (&sums)[kSize], uint64_t a, uint64_t b, bool add, Value value) {
   emulator::exchange({});  // all lanes come
   const Matrix rows = {current->block, a}, columns = {current->block, b};
   const int first = current->index / 32 % 4 * 16;
-  start_product(
-      sums, add, [=](int row, int k) { return rows.k_major(first + row, k); },
-      [=](int column, int k) { return columns.k_major(column, k); }, value);
+  start_product<kDepth>(
+      sums, add, [=](int row, int k) { return rows.k_major<Bits>(first + row, k); },
+      [=](int column, int k) { return columns.k_major<Bits>(column, k); }, value);
 }
 inline void multiply_transposed_bfloat16(float (&sums)[32], uint64_t a, uint64_t b, bool add) {
-  multiply_transposed(sums, a, b, add, value_of_bfloat16);
+  multiply_transposed<16, uint16_t>(sums, a, b, add, value_of_bfloat16);
 }
 inline void multiply_transposed_float16(float (&sums)[32], uint64_t a, uint64_t b, bool add) {
-  multiply_transposed(sums, a, b, add, value_of_float16);
+  multiply_transposed<16, uint16_t>(sums, a, b, add, value_of_float16);
+}
+inline void multiply_e4m3(float (&sums)[64], uint64_t a, uint64_t b, bool add) {
+  static const auto values = [] {
+    std::array<float, 256> values;
+    for (int byte = 0; byte < 256; ++byte) {
+      values[byte] = value_of_e4m3(static_cast<uint8_t>(byte));
+    }
+    return values;
+  }();
+  multiply_transposed<32, uint8_t>(sums, a, b, add, [](uint8_t byte) { return values[byte]; });
 }
 
 inline void multiply(float (&sums)[64], const uint32_t (&a)[4], uint64_t b) {
@@ -123,7 +138,7 @@ inline void multiply(float (&sums)[64], const uint32_t (&a)[4], uint64_t b) {
   std::array<emulator::Lane, 32> lanes;
   std::copy_n(all, 32, lanes.begin());
   const Matrix columns = {current->block, b};
-  start_product(
+  start_product<16>(
       sums, true,
       [=](int row, int k) {
         uint32_t registers[4];
