@@ -9,6 +9,7 @@
 namespace dsv32::index_logits {
 
 constexpr int kColumns = kRowsOfProduct * kHeads;
+static_assert(kRowsOfProduct == 2 && kProducts == 2);
 using Products = float[kColumns / 2];
 using Weights = float[kColumns / 4];  // of the columns that a thread has
 

@@ -15,6 +15,7 @@ from vllm_dsv32.kernels import (
     index_logits_cuda,
     index_logits_gluon,
     index_logits_triton,
+    warmup,
 )
 from vllm_dsv32.layout import index_key_views
 
@@ -186,6 +187,17 @@ def test_what_is_left_to_gluon(monkeypatch, num_rows, num_requests, block_size, 
     )
     assert all(
         got is given for got, given in zip(index_logits_cuda.index_logits(*arguments), arguments, strict=True)
+    )
+
+
+def test_warming_up_compiles_what_is_left_to_gluon():
+    def kernels(batches):
+        left = ((r, n) for r, n in batches if n < index_logits_cuda.MIN_ROWS * r)
+        tilings = (index_logits_gluon.tiling(num_tokens, num_requests, 132) for num_requests, num_tokens in left)
+        return {tiles and (tiles.num_rows, tiles.max_registers) for tiles in tilings}
+
+    assert kernels(warmup._batches(8192, 256)) == kernels(
+        (r, n) for r in range(1, 257) for n in (*range(r, 9 * r), 8192)
     )
 
 
