@@ -20,7 +20,6 @@ struct Part {
   int key;                      // in a tile
   float* logits[kProducts];     // at the key of the first tile of all
   int end[kProducts];           // of first keys of tiles, from where on the row does not see that key
-  bool has_rows[kProducts];     // the product, of this work
 };
 
 // Starts the product of a tile of keys with two rows' queries, a group of its own.
@@ -77,19 +76,16 @@ __device__ __forceinline__ void take_part(Part& part, Shared& shared, const Inde
     part.queries[product] = describe_columns(shared_address(&shared.queries[stage][first * kRowNbytes]));
     part.logits[product] = p.logits + (work.first_row + row) * p.logits_stride + part.key;
     part.end[product] = work.ends[row] - part.key;
-    part.has_rows[product] = work.ends[first] > 0 || work.ends[first + 1] > 0;
   }
 }
 
-// Nothing is done for rows of other works. That is a branch, too, across which the compiler moves no arithmetic: else
-// it would sum while it has started but a part of the next product.
+// Rows of other works are summed too, in vain: where that is a branch, the compiler has no arithmetic left to put among
+// the instructions by which the next product is started.
 __device__ __forceinline__ void store_scores(const Part& part, int product, const Products& products, int first_key,
                                              float scale, int lane) {
-  if (part.has_rows[product]) {
-    const float score = head_sum(products, part.half_weights[product], lane) * scale;
-    if (first_key < part.end[product]) {
-      part.logits[product][first_key] = score;
-    }
+  const float score = head_sum(products, part.half_weights[product], lane) * scale;
+  if (first_key < part.end[product]) {
+    part.logits[product][first_key] = score;
   }
 }
 
