@@ -16,8 +16,8 @@ constexpr int kTileKeys = kIndexTileKeys;
 static_assert(kTileKeys == kPanelRows);
 static_assert(kIndexHeadDim == kBoxRowNbytes);  // of fp8: as many columns as a panel has
 
-// A block scores rows with tiles of keys. Each of its warpgroups that do has some of the rows, and of these there are
-// two products, one of which is under way while the other is summed over the heads.
+// A block has a tile of rows and walks over tiles of their keys. Each of its warpgroups that score has some of the rows,
+// in two products: one is under way while the other is summed over the heads.
 constexpr int kRowsOfProduct = 2;
 constexpr int kProducts = 2;
 constexpr int kScoreWarpgroups = 2;
@@ -33,6 +33,7 @@ constexpr int kScoreRegisters = 232;
 constexpr int kCopyRegisters = 40;
 static_assert(kScoreWarpgroups * kScoreRegisters + kCopyRegisters <= (kScoreWarpgroups + 1) * 168);
 
+constexpr int kRowsOfBox = 2;  // a box has at most 256 rows, one for each head
 constexpr int kKeyStages = 8;
 constexpr int kWorkStages = 2;
 constexpr int kRowNbytes = kHeads * kIndexHeadDim;  // of a row's queries
@@ -55,7 +56,7 @@ struct Shared {
   uint64_t work_free[kWorkStages];
   uint64_t keys_full[kKeyStages];
   uint64_t keys_free[kKeyStages];
-  // Of all rows, from which each block takes its share.
+  // From which the block finds its share.
   int tiles_of_warp[kNumWarps];
   int first_row_tile;
   int first_key_tile;

@@ -33,7 +33,6 @@ __device__ __forceinline__ void copy_work(Turn<kWorkStages>& turn, Shared& share
   const int weights_nbytes = min(kTileRows, p.num_rows - work.first_row) * static_cast<int>(kHeads * sizeof(float));
   arrive_for_warp_expect(lane, full, kTileRows * kRowNbytes + weights_nbytes);
   if (lane == 0) {
-    constexpr int kRowsOfBox = kRowsOfProduct;
 #pragma unroll 1
     for (int row = 0; row < kTileRows; row += kRowsOfBox) {
       copy_box(&shared.queries[stage][row * kRowNbytes], problem.queries, (work.first_row + row) * kHeads, 0, full);
@@ -79,7 +78,7 @@ __device__ __forceinline__ void copy_share(Shared& shared, const Problem& proble
     const int first_row = row_tile * kTileRows;
     for (int first = 0; first < kTileRows && left > 0;) {
       const Run run = rows.run_from(first);
-      const int of_run = num_tiles(run.num_keys, kTileKeys);
+      const int of_run = count_tiles(run.num_keys, kTileKeys);
       const int count = min(of_run - skipped, left);
       if (count > 0) {
         const int first_key = skipped * kTileKeys;

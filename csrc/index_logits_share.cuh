@@ -8,7 +8,7 @@
 
 namespace dsv32::index_logits {
 
-__host__ __device__ __forceinline__ int num_tiles(int size, int tile) { return (size + tile - 1) / tile; }
+__host__ __device__ __forceinline__ int count_tiles(int size, int tile) { return (size + tile - 1) / tile; }
 
 // Adjacent rows of a tile that are of one request.
 struct Run {
@@ -49,7 +49,7 @@ struct RowTile {
 #pragma unroll 1
     for (int first = 0; first < kTileRows;) {
       const Run run = run_from(first);
-      total += num_tiles(run.num_keys, kTileKeys);
+      total += count_tiles(run.num_keys, kTileKeys);
       first = run.end;
     }
     return total;
@@ -65,8 +65,8 @@ struct Share {
 
 // All threads of the block call it.
 __device__ __forceinline__ Share share_of_block(Shared& shared, const IndexLogitsArguments& p) {
-  const int num_row_tiles = num_tiles(p.num_rows, kTileRows);
-  const int of_thread = num_tiles(num_row_tiles, kNumThreads);
+  const int num_row_tiles = count_tiles(p.num_rows, kTileRows);
+  const int of_thread = count_tiles(num_row_tiles, kNumThreads);
   const int first = threadIdx.x * of_thread, end = min(num_row_tiles, first + of_thread);
   int own = 0;
 #pragma unroll 1

@@ -54,7 +54,7 @@ const char* launch_index_logits(const IndexLogitsArguments& arguments, void* str
   problem.arguments = arguments;
   const int64_t num_queries = static_cast<int64_t>(arguments.num_rows) * kHeads;
   const char* error = map_pages(&problem.queries, arguments.q, num_queries, 1, num_queries * kIndexHeadDim,
-                                kRowsOfProduct * kHeads);
+                                kRowsOfBox * kHeads);
   if (error != nullptr) {
     return error;
   }
@@ -67,7 +67,7 @@ const char* launch_index_logits(const IndexLogitsArguments& arguments, void* str
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device);
   // Each row may be of another request.
-  const int64_t most_tiles = static_cast<int64_t>(arguments.num_rows) * num_tiles(arguments.length, kTileKeys);
+  const int64_t most_tiles = static_cast<int64_t>(arguments.num_rows) * count_tiles(arguments.length, kTileKeys);
   const int num_blocks = static_cast<int>(std::min<int64_t>(num_multiprocessors, most_tiles));
   const ClusterShape shape = {1, kNumThreads, static_cast<int>(sizeof(Shared))};
   return launch_clusters(index_logits_kernel, shape, num_blocks, stream, problem);

@@ -27,8 +27,8 @@ def index_logits(
 ) -> torch.Tensor:
     """See :func:`vllm_dsv32.kernels.index_logits.reference`; heads and dimensions are summed in another order.
 
-    The Gluon kernel scores what this one does not take: batches with less than 64 rows a request, and blocks and
-    pages that it does not take either, which it leaves to Triton.
+    The Gluon kernel scores what this one does not take: batches with less than 64 rows a request, and caches with
+    blocks or pages that are neither's, which Gluon leaves to Triton.
 
     Raises:
         ValueError: queries have other than 64 heads.
