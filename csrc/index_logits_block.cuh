@@ -16,8 +16,8 @@ constexpr int kTileKeys = kIndexTileKeys;
 static_assert(kTileKeys == kPanelRows);
 static_assert(kIndexHeadDim == kBoxRowNbytes);  // of fp8: as many columns as a panel has
 
-// A block has a tile of rows and walks over tiles of their keys. Each of its warpgroups that score has some of the rows,
-// in two products: one is under way while the other is summed over the heads.
+// A block has a tile of rows and walks over tiles of their keys. Each of its warpgroups that score has some of these
+// rows, in two products: one is under way while the other is summed over the heads.
 constexpr int kRowsOfProduct = 2;
 constexpr int kProducts = 2;
 constexpr int kScoreWarpgroups = 2;
