@@ -168,7 +168,7 @@ def test_products_overlap_and_registers_suffice(tmp_path):
 
 @pytest.mark.parametrize(
     ("num_rows", "num_requests", "block_size", "gap_nbytes"),
-    [(63, 1, 64, 0), (127, 2, 64, 0), (128, 2, 48, 0), (128, 2, 64, 4)],
+    [(7, 1, 64, 0), (15, 2, 64, 0), (16, 2, 48, 0), (16, 2, 64, 4)],
     ids=["few rows", "few rows a request", "blocks", "page stride"],
 )
 def test_what_is_left_to_gluon(monkeypatch, num_rows, num_requests, block_size, gap_nbytes):

@@ -12,8 +12,8 @@ from vllm_dsv32.kernels import cuda_library, index_logits_gluon, index_logits_tr
 __all__ = ["MIN_ROWS", "NUM_HEADS", "index_logits"]
 
 NUM_HEADS = 64
-MIN_ROWS = 64
-"""Of a request, on average; with fewer too many tiles of rows have two requests."""
+MIN_ROWS = 8
+"""Of a request, on average: a tile of rows. With fewer, most of a tile would be computed in vain."""
 
 
 def index_logits(
@@ -27,7 +27,7 @@ def index_logits(
 ) -> torch.Tensor:
     """See :func:`vllm_dsv32.kernels.index_logits.reference`; heads and dimensions are summed in another order.
 
-    The Gluon kernel scores what this one does not take: batches with less than 64 rows a request, and caches with
+    The Gluon kernel scores what this one does not take: batches with less than 8 rows a request, and caches with
     blocks or pages that are neither's, which Gluon leaves to Triton.
 
     Raises:
