@@ -7,14 +7,23 @@ import sys
 
 import torch
 
-from kernels.sparse_mla_cuda_cases import assert_near, problem
-from vllm_dsv32.kernels import cuda_library, sparse_mla, sparse_mla_cuda, topk_select
+from kernels import index_logits_cases, sparse_mla_cuda_cases
+from kernels.inputs import cuda_copy
+from vllm_dsv32.kernels import (
+    cuda_library,
+    index_logits,
+    index_logits_triton,
+    sparse_mla,
+    sparse_mla_cuda,
+    topk_select,
+)
 
 
 def attend(num_heads, num_valid, num_slots):
-    q, cache, slots, valid, scale = problem(num_heads, num_valid, num_slots, 2048)
-    got = sparse_mla_cuda.sparse_mla(q.cuda(), cache.cuda(), slots.cuda(), valid.cuda(), scale)
-    assert_near([x.cpu() for x in got], sparse_mla.reference(q.float(), cache, slots, valid, scale))
+    q, *rest, scale = sparse_mla_cuda_cases.problem(num_heads, num_valid, num_slots, 2048)
+    got = sparse_mla_cuda.sparse_mla(*map(cuda_copy, (q, *rest)), scale)
+    wanted = sparse_mla.reference(q.float(), *rest, scale)
+    sparse_mla_cuda_cases.assert_near([x.cpu() for x in got], wanted)
 
 
 def run_sparse_mla():
@@ -43,12 +52,26 @@ def run_topk_select():
         topk_select.reference(logits, num_keys, ids, table, 1 << 30, wanted)
         for size in cluster_sizes:
             out = torch.empty_like(wanted, device="cuda")
-            given = [x.cuda() for x in (logits, num_keys, ids, table)]
+            given = map(cuda_copy, (logits, num_keys, ids, table))
             torch.ops.vllm_dsv32.topk_select(*given, 1 << 30, size, out)
             assert torch.equal(out.cpu(), wanted)
 
 
+def run_index_logits():
+    cuda_library.require()
+    for name in ("lengths around tiles, steps and blocks", "all kinds", "padding in front, between and behind"):
+        arguments = index_logits_cases.problem(index_logits_cases.BATCHES[name], device="cpu")
+        q, weights, *rest, num_keys, width = arguments
+        got = index_logits_triton.new_logits(len(num_keys), width, torch.device("cuda"))
+        torch.ops.vllm_dsv32.index_logits(*map(cuda_copy, arguments[:-1]), got)
+        visible = torch.arange(width) < num_keys.unsqueeze(1)
+        magnitude = index_logits.reference(q, weights.abs(), *rest, num_keys, width)[visible]
+        wanted = index_logits.reference(*arguments)[visible]
+        index_logits_cases.assert_near(got.cpu()[visible], wanted, 1e-3 * magnitude)
+
+
 RUNS = {
+    "index_logits": run_index_logits,
     "sparse_mla": run_sparse_mla,
     "sparse_mla_wide": run_sparse_mla_wide,
     "topk_select": run_topk_select,
