@@ -28,7 +28,7 @@ from kernel_table.problems import (
     latent_caches,
 )
 from kernel_table.table import Row
-from kernel_table.timing import copy_bandwidth, microseconds, num_launches
+from kernel_table.timing import copy_bandwidth, launches, microseconds
 from vllm_dsv32.kernels import index_logits, sparse_mla
 from vllm_dsv32.kernels.dispatch import KernelSet, Problem, select_kernels
 from vllm_dsv32.kernels.selection import select
@@ -57,6 +57,7 @@ VLLM_LOGITS_NBYTES = 512 << 20
 _CHECKED_ROWS = 256
 _REFERENCE_ROWS = 8
 _MAX_INPUTS = 200
+_PROFILED = 5
 _INDEX_BLOCKS = 1 << 17
 _LATENT_BLOCKS = 1 << 14
 
@@ -427,7 +428,7 @@ def decode_block(num_heads: int, batch: int, length: int) -> Row:
                 row.skipped[name] = _one_line(error)
                 continue
             others[name] = calls
-    row.launches = {name: num_launches(calls[0]) for name, calls in {**ours, **others}.items()}
+    row.launches = {name: launches(calls[:_PROFILED]) for name, calls in {**ours, **others}.items()}
     _time(row, ours, others)
     return row
 

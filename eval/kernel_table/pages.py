@@ -46,14 +46,35 @@ def whole_table(results: Mapping[str, Any]) -> str:
     lines = [
         "# Attention kernels",
         "",
-        f"{_measured(results)} Microseconds, the best of each side. Above 1.00 ours is faster.",
+        f"{_measured(results)} Microseconds, the best of each side. Above 1.00 ours is faster. The floor is",
+        "the share of our time that reading the keys once from memory takes, at the speed of a copy.",
         "",
-        "| operation | problem | ours | vLLM's best | ratio |",
-        "|---|---|---|---|---|",
+        "| operation | problem | ours | vLLM's best | ratio | floor |",
+        "|---|---|---|---|---|---|",
     ]
     for line in results["lines"].values():
         lines += [f"| {_title(line)} | {_row(row)} |" for row in line["rows"]]
+    profiles = [
+        f"| {row['point']} | {side} | {_launches(row, side)} |"
+        for line in results["lines"].values()
+        for row in line["rows"]
+        for side in ("ours", "peers")
+        if row.get("launches") and row["us"][side]
+    ]
+    if profiles:
+        lines += [
+            "",
+            "Launches of the attention between its projections, of the best of each side, in a profile:",
+            "",
+        ]
+        lines += ["| problem | side | microseconds |", "|---|---|---|", *profiles]
     return "\n".join(lines) + "\n"
+
+
+def _launches(row: Mapping[str, Any], side: str) -> str:
+    times = row["us"][side]
+    calls = row["launches"][min(times, key=times.__getitem__)]
+    return f"{len(calls)}: " + ", ".join(f"{name} {us:.1f}" for name, us in calls)
 
 
 def _measured(results: Mapping[str, Any]) -> str:
@@ -67,10 +88,11 @@ def _title(line: Mapping[str, Any]) -> str:
 
 def _row(row: Mapping[str, Any]) -> str:
     if row["wrong"]:
-        return f"{row['point']} | sides differ, so no ratio | | "
+        return f"{row['point']} | sides differ, so no ratio | | | "
     sides = [_best(row["us"][side]) for side in ("ours", "peers")]
     ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
-    return " | ".join([row["point"], *sides, ratio])
+    floor = f"{row['floor_us'] / min(row['us']['ours'].values()):.0%}" if row.get("floor_us") else ""
+    return " | ".join([row["point"], *sides, ratio, floor])
 
 
 def _best(times: Mapping[str, float]) -> str:

@@ -28,8 +28,8 @@ class Row:
     """Peer to the reason."""
     floor_us: float | None = None
     """What reading the keys from memory takes at the speed of a copy, where they are not meant to be in a cache."""
-    launches: dict[str, int] = field(default_factory=dict)
-    """Of a call of each contestant, where a line counts them."""
+    launches: dict[str, list[tuple[str, float]]] = field(default_factory=dict)
+    """Of a call of each contestant, where a line counts them: names and microseconds."""
     wrong: list[str] = field(default_factory=list)
     """What makes the times worthless; such a row has no ratio."""
 
@@ -94,7 +94,7 @@ def row_text(row: Row) -> str:
     if row.floor_us is not None and row.ours:
         parts.append(f"floor {row.floor_us:.1f}: {row.floor_us / min(row.ours.values()):.0%} of ours")
     if row.launches:
-        parts.append("launches: " + ", ".join(f"{name} {count}" for name, count in row.launches.items()))
+        parts.append("launches: " + ", ".join(f"{name} {len(calls)}" for name, calls in row.launches.items()))
     lines = [" | ".join(parts)]
     lines += [f"    {name} skipped: {reason}" for name, reason in row.skipped.items()]
     lines += [f"    WRONG: {reason}" for reason in row.wrong]

@@ -1,6 +1,7 @@
 """Time of a GPU operation: CUDA-graph replays over rotated inputs, contestants in turn; its launches; its floor."""
 
 import functools
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
@@ -8,7 +9,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["copy_bandwidth", "microseconds", "num_launches"]
+__all__ = ["copy_bandwidth", "launches", "microseconds"]
 
 Call = Callable[[], object]
 
@@ -62,12 +63,32 @@ def _elapsed_ms(run: Call) -> float:
     return begin.elapsed_time(end)
 
 
-def num_launches(call: Call) -> int:
-    """Kernels, fills and copies of a call, which has been made before."""
+def launches(calls: Sequence[Call]) -> list[tuple[str, float]]:
+    """Kernels, fills and copies of one call: their names, and microseconds in the median of these calls.
+
+    All calls have been made before. In a profile launches come one after the other; in a graph they may overlap.
+    """
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        call()
-        torch.cuda.synchronize()
-    return sum(event.device_type == DeviceType.CUDA for event in profiled.events())
+        for call in calls:
+            call()
+            torch.cuda.synchronize()
+    events = [event for event in profiled.events() if event.device_type == DeviceType.CUDA]
+    events.sort(key=lambda event: event.time_range.start)
+    count, rest = divmod(len(events), len(calls))
+    assert rest == 0, f"{len(calls)} calls made {len(events)} launches"
+    return [
+        (
+            _short_name(events[i].name),
+            statistics.median(event.time_range.elapsed_us() for event in events[i::count]),
+        )
+        for i in range(count)
+    ]
+
+
+def _short_name(name: str) -> str:
+    """A kernel's own name, without what it returns, namespaces, and arguments of its template or of itself."""
+    name = re.sub(r"\(anonymous namespace\)|<unnamed>", "", name).removeprefix("void ")
+    return re.split(r"[<(]", name, maxsplit=1)[0].rpartition("::")[2].strip() or name
 
 
 @functools.cache

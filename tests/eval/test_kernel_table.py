@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from kernel_table import decode_block, measurements, peers
+from kernel_table import decode_block, measurements, peers, timing
 from kernel_table.agreement import num_wrong_rows, relative_difference
 from kernel_table.problems import BLOCK_SIZE, SparseProblem
 from kernel_table.table import Goal, Row, report, row_text, summary, summary_text
@@ -127,7 +127,7 @@ def small(monkeypatch):
     monkeypatch.setattr(measurements, "problem", on_cpu)
     monkeypatch.setattr(measurements, "_num_inputs", lambda nbytes: 2)
     monkeypatch.setattr(measurements, "microseconds", microseconds)
-    monkeypatch.setattr(measurements, "num_launches", lambda call: 4)
+    monkeypatch.setattr(measurements, "launches", lambda calls: [("kernel", 2.0)] * 4)
     monkeypatch.setattr(measurements, "copy_bandwidth", lambda: 4e6)
     monkeypatch.setattr(measurements, "PREFILL_ROWS", 6)
     monkeypatch.setattr(selection, "LOGITS_NBYTES", 4 * 4096 * 4)
@@ -315,7 +315,7 @@ def test_a_decode_steps_attention_as_a_whole(with_peers, monkeypatch, peer, wron
     row = measurements.decode_block(4, 2, 2050)
     assert list(row.ours) == ["reference bf16", "reference fp8"]
     assert list(row.peers) == ["FA3 bf16, op", "FlashMLA fp8, op"]
-    assert row.launches == dict.fromkeys([*row.ours, *row.peers], 4)
+    assert row.launches == dict.fromkeys([*row.ours, *row.peers], [("kernel", 2.0)] * 4)
     assert row.floor_us == pytest.approx(2 * (2050 * 132 + 2048 * 656) / 4e6)
     assert "floor 0.8: 40% of ours | launches: reference bf16 4, reference fp8 4, FA3 bf16, op 4" in row_text(row)
     assert row.ratio == (None if wrong else 1.5)
@@ -406,3 +406,19 @@ def test_without_a_gpu_it_says_so():
     done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True)
     assert done.returncode == 2
     assert "needs a CUDA device" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("_prepare_kernel", "_prepare_kernel"),
+        (
+            "void dsv32::(anonymous namespace)::topk_select_kernel<2048>(dsv32::Arguments, int)",
+            "topk_select_kernel",
+        ),
+        ("dsv32::wide::<unnamed>::sparse_mla_fp8_wide_kernel(SparseMlaArguments)", "sparse_mla_fp8_wide_kernel"),
+        ("Memset (Device)", "Memset"),
+    ],
+)
+def test_names_of_kernels_are_shortened(name, short):
+    assert timing._short_name(name) == short

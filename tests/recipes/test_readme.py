@@ -15,9 +15,16 @@ ROW = {
     "point": "B=1",
     "us": {"ours": {"triton bf16": 9.22, "triton fp8": 12.8}, "peers": {"FA3 bf16": 15.39}},
     "ratio": 1.669,
+    "floor_us": None,
+    "launches": {},
     "differences": {},
     "skipped": {},
     "wrong": [],
+}
+LAUNCHES = {
+    "triton bf16": [["prepare", 4.0], ["attend", 5.21]],
+    "triton fp8": [],
+    "FA3 bf16": [["FlashAttnFwd", 15.2]],
 }
 LINES = {
     "decode": {
@@ -26,8 +33,9 @@ LINES = {
     },
     "index": {
         "title": "index; peers: none",
-        "rows": [ROW | {"us": {"ours": {"triton": 5.0}, "peers": {}}, "ratio": None}],
+        "rows": [ROW | {"us": {"ours": {"triton": 5.0}, "peers": {}}, "ratio": None, "floor_us": 2.0}],
     },
+    "block": {"title": "block; peers: FA3", "rows": [ROW | {"launches": LAUNCHES}]},
 }
 MEASURED = {
     "versions": {"vllm": "0.32.0", "torch": "2.13.0", "triton": "3.7.1"},
@@ -47,14 +55,23 @@ def test_a_row_for_each_line():
     assert overview(MEASURED).splitlines()[4:] == [
         "| decode | B=1 to B=4, 1 of 2 | 1.67 | 1.67 | 1.67 |",
         "| index | B=1, 0 of 1 | not measured |  |  |",
+        "| block | B=1 | 1.67 | 1.67 | 1.67 |",
     ]
 
 
 def test_rows_of_the_whole_table():
-    assert whole_table(MEASURED).splitlines()[6:] == [
-        "| decode | B=1 | 9.2 (triton bf16) | 15.4 (FA3 bf16) | 1.67 |",
-        "| decode | B=4 | sides differ, so no ratio | |  |",
-        "| index | B=1 | 5.0 (triton) | not measured |  |",
+    assert whole_table(MEASURED).splitlines()[7:] == [
+        "| decode | B=1 | 9.2 (triton bf16) | 15.4 (FA3 bf16) | 1.67 |  |",
+        "| decode | B=4 | sides differ, so no ratio | | |  |",
+        "| index | B=1 | 5.0 (triton) | not measured |  | 40% |",
+        "| block | B=1 | 9.2 (triton bf16) | 15.4 (FA3 bf16) | 1.67 |  |",
+        "",
+        "Launches of the attention between its projections, of the best of each side, in a profile:",
+        "",
+        "| problem | side | microseconds |",
+        "|---|---|---|",
+        "| B=1 | ours | 2: prepare 4.0, attend 5.2 |",
+        "| B=1 | peers | 1: FlashAttnFwd 15.2 |",
     ]
 
 
