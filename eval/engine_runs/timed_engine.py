@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,26 @@ class TimedEngine:
         pairs = [(self._seconds(rows, self._many), self._seconds(rows, self._one)) for _ in range(self._repeats)]
         fastest = min(many for many, _ in pairs) - min(one for _, one in pairs)
         return Timing.of(fastest / self._num_steps, [(many - one) / self._num_steps for many, one in pairs])
+
+    def profile_decode(self, rows: Rows) -> dict[str, tuple[float, float]]:
+        """By kernel, microseconds on the GPU and launches of a step in which each prompt gets a token.
+
+        Profiled are a call with many steps and one without: the difference is theirs.
+
+        Raises:
+            RuntimeError: the prefix cache does not hold the prompts.
+        """
+        from gpu_profile import launches_of
+
+        self._run(rows, self._many)
+        check_cached(self._run(rows, self._one), self._step_tokens)
+        sums: dict[str, list[float]] = {}
+        for params, sign in ((self._many, 1), (self._one, -1)):
+            for name, us in launches_of(partial(self._run, rows, params)):
+                of_kernel = sums.setdefault(name, [0.0, 0.0])
+                of_kernel[0] += sign * us / self._num_steps
+                of_kernel[1] += sign / self._num_steps
+        return {name: (us, count) for name, (us, count) in sums.items()}
 
     def _seconds(self, rows: Rows, params: Any) -> float:
         prompts = [{"prompt_token_ids": row} for row in rows]

@@ -1,13 +1,11 @@
 """Time of a GPU operation: CUDA-graph replays over rotated inputs, contestants in turn; its launches; its floor."""
 
 import functools
-import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from gpu_profile import launches_of
 
 __all__ = ["copy_bandwidth", "launches", "microseconds"]
 
@@ -68,27 +66,9 @@ def launches(calls: Sequence[Call]) -> list[tuple[str, float]]:
 
     All calls have been made before. In a profile launches come one after the other; in a graph they may overlap.
     """
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        for call in calls:
-            call()
-            torch.cuda.synchronize()
-    events = [event for event in profiled.events() if event.device_type == DeviceType.CUDA]
-    events.sort(key=lambda event: event.time_range.start)
-    count, rest = divmod(len(events), len(calls))
-    assert rest == 0, f"{len(calls)} calls made {len(events)} launches"
-    return [
-        (
-            _short_name(events[i].name),
-            statistics.median(event.time_range.elapsed_us() for event in events[i::count]),
-        )
-        for i in range(count)
-    ]
-
-
-def _short_name(name: str) -> str:
-    """A kernel's own name, without what it returns, namespaces, and arguments of its template or of itself."""
-    name = re.sub(r"\(anonymous namespace\)|<unnamed>", "", name).removeprefix("void ")
-    return re.split(r"[<(]", name, maxsplit=1)[0].rpartition("::")[2].strip() or name
+    profiles = [launches_of(call) for call in calls]
+    assert len({len(launched) for launched in profiles}) == 1, profiles
+    return [(same[0][0], statistics.median(us for _, us in same)) for same in zip(*profiles, strict=True)]
 
 
 @functools.cache

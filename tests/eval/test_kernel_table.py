@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from kernel_table import decode_block, measurements, peers, timing
+from kernel_table import decode_block, measurements, peers
 from kernel_table.agreement import num_wrong_rows, relative_difference
 from kernel_table.problems import BLOCK_SIZE, SparseProblem
 from kernel_table.table import Goal, Row, report, row_text, summary, summary_text
@@ -406,19 +406,3 @@ def test_without_a_gpu_it_says_so():
     done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True)
     assert done.returncode == 2
     assert "needs a CUDA device" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("name", "short"),
-    [
-        ("_prepare_kernel", "_prepare_kernel"),
-        (
-            "void dsv32::(anonymous namespace)::topk_select_kernel<2048>(dsv32::Arguments, int)",
-            "topk_select_kernel",
-        ),
-        ("dsv32::wide::<unnamed>::sparse_mla_fp8_wide_kernel(SparseMlaArguments)", "sparse_mla_fp8_wide_kernel"),
-        ("Memset (Device)", "Memset"),
-    ],
-)
-def test_names_of_kernels_are_shortened(name, short):
-    assert timing._short_name(name) == short
