@@ -137,6 +137,10 @@ __device__ __forceinline__ void store_chunk(uint32_t address, const uint4& x) {
                : "memory");
 }
 
+__device__ __forceinline__ void store_word(uint32_t address, uint32_t x) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+
 // ---- matrices ---------------------------------------------------------------------------------------------------
 
 // Four matrices of eight rows of 16 bytes. Lane 8 i + r names row r of matrix i; lane 4 g + t receives of each
@@ -207,17 +211,11 @@ __device__ __forceinline__ uint32_t pack_float16(float low, float high) {
   return pair;
 }
 
-__device__ __forceinline__ float2 unpack_float16(uint32_t pair) {
-  float2 x;
-  asm("{\n"
-      ".reg .b16 low, high;\n"
-      "mov.b32 {low, high}, %2;\n"
-      "cvt.f32.f16 %0, low;\n"
-      "cvt.f32.f16 %1, high;\n"
-      "}\n"
-      : "=f"(x.x), "=f"(x.y)
-      : "r"(pair));
-  return x;
+// Two products of float16.
+__device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+  uint32_t pair;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+  return pair;
 }
 
 // Bytes 0, 2, 1, 3.
@@ -304,6 +302,26 @@ __device__ __forceinline__ uint4 load_words_in_cluster(uint32_t address) {
                : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
                : "r"(address));
   return x;
+}
+
+// For a thread that has only read: of wider scope, it would wait until the whole GPU sees what it has written.
+__device__ __forceinline__ void mbarrier_arrive_in_cluster(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// In the background. The barrier, of the same block as the address, is told of every byte that has arrived.
+__device__ __forceinline__ void store_chunk_in_cluster(uint32_t address, const uint4& x, uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+      "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(barrier)
+      : "memory");
+}
+
+// As above, of four bytes.
+__device__ __forceinline__ void store_word_in_cluster(uint32_t address, uint32_t x, uint32_t barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address),
+               "r"(x), "r"(barrier)
+               : "memory");
 }
 
 // ---- launches ---------------------------------------------------------------------------------------------------

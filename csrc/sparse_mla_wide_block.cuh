@@ -15,9 +15,9 @@ constexpr int kWarpgroup = 128;
 constexpr int kNumThreads = 3 * kWarpgroup;
 
 // Of a thread of the warpgroups of scores, values and rows: together what the launch gives them, 168 each.
-constexpr int kScoreRegisters = 248;
+constexpr int kScoreRegisters = 240;
 constexpr int kValueRegisters = 176;
-constexpr int kRowRegisters = 80;
+constexpr int kRowRegisters = 88;
 static_assert(kScoreRegisters + kValueRegisters + kRowRegisters <= 3 * 168);
 
 // Columns of queries and of decoded rows are in an order in which a thread has four latents in a row to store. Of 128
@@ -38,13 +38,11 @@ constexpr int kStages = 2;  // of rows
 constexpr int kValueSteps = kTileKeys / 16;
 
 struct Shared {
-  // Latents of both are float16, and what is rotated is bfloat16. Those of queries are multiplied by a power of two
-  // for each head, those of rows lack their scales.
+  // Latents of both are float16, relative to a power of two for each head and for each key; what is rotated is
+  // bfloat16.
   alignas(kPanelAlignment) uint8_t queries[kNumPanels][kPanelNbytes];
   alignas(kPanelAlignment) uint8_t rows[kStages][kNumPanels][kPanelNbytes];
-  // Relative to a power of two for each key, see sparse_mla_wide_scales.cuh.
-  float scales[kStages][kNumGroups][kTileKeys];
-  uint32_t powers[kStages][kTileKeys];
+  uint32_t powers[kStages][kTileKeys];  // of keys, see sparse_mla_wide_scales.cuh
   uint4 weights[kValueSteps][kWarpgroup];  // as each thread of a warpgroup holds them as operands
   float factors[kTileHeads];               // of sums; before the first weights, what undoes the factors of queries
   uint64_t queries_full;
@@ -54,6 +52,30 @@ struct Shared {
   uint64_t weights_free;
 };
 static_assert(sizeof(Shared) <= 227 * 1024);
+
+// Two blocks of a cluster have the same token and split, and heads each of its own: they decode rows for both.
+template <int kBlocks>
+__device__ __forceinline__ int rank_in_cluster() {
+  return blockIdx.x % kBlocks;
+}
+
+template <int kHalf, int kBlocks>
+__device__ __forceinline__ void wait_for_rows(Shared& shared, const Turn<kStages>& turn) {
+  mbarrier_wait(&shared.rows_full[turn.stage][kHalf], turn.parity);
+  if (kBlocks == 2) {
+    fence_async_proxy();  // the other block's threads, which wrote half of it, cannot do so here
+  }
+}
+
+template <int kHalf, int kBlocks>
+__device__ __forceinline__ void free_rows(Shared& shared, int stage, int lane) {
+  uint64_t* barrier = &shared.rows_free[stage][kHalf];
+  if (kBlocks == 1) {
+    arrive_for_warp(lane, barrier);
+  } else {
+    arrive_for_warp_in_cluster<kBlocks>(lane, barrier);
+  }
+}
 
 // The part of the problem that a block computes at a time: a split of the keys of a token, as keys_of_split of
 // vllm_dsv32/kernels/sparse_mla_join_triton.py has it.

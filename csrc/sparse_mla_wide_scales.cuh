@@ -1,7 +1,9 @@
-// Scales of rows, which are not in what rows are decoded to: products of scores are multiplied by them, and weights.
+// Scales of rows. Those of a key are held relative to a power of two of its own, which takes the greatest to between 16
+// and 32: latents of a row, relative to it, are less than 448 x 32 and become float16. Scores are multiplied by it, and
+// weights that are handed over: see hand_over_weights.
 //
-// A key has four. They are held relative to a power of two, which takes the greatest to between 1 and 2; weights that
-// are handed over are multiplied by that power. Their products with the scales become float16: grown() says of range.
+// A scale becomes float16 too, so a latent is rounded twice, each time to 11 bits. A group whose scales are less than
+// 2^-18 of the key's greatest loses bits gradually: its scales below 2^-14, its latents below that.
 #pragma once
 
 #include "sparse_mla_float16.cuh"
@@ -19,18 +21,25 @@ __device__ __forceinline__ float reciprocal_of_power(uint32_t power) {
   return __uint_as_float(0x7f000000u - (power & 0xffff0000u));
 }
 
-// Writes those of a half. Lanes r and r + 16 of a warp have the same key, and one of the two groups each.
-template <int kHalf>
-__device__ __forceinline__ void store_scales(Shared& shared, int stage, const uint4& bits, int key, bool is_second) {
-  const float x = __uint_as_float(bits.x), y = __uint_as_float(bits.y);
-  const float z = __uint_as_float(bits.z), w = __uint_as_float(bits.w);
-  const float greatest = fmaxf(fmaxf(kLeastScale, fmaxf(x, y)), fmaxf(z, w));  // of NaN alone: the least
-  const int exponent = min(exponent_of(greatest), 126);
-  const float own = kHalf == kRight ? (is_second ? w : z) : (is_second ? y : x);
-  shared.scales[stage][kHalf * kGroupsOfHalf + is_second][key] = own * power_of_two(-exponent);
-  if (kHalf == kRight && !is_second) {
-    shared.powers[stage][key] = pack_power(exponent);
+// Of a key: its power, and its four scales relative to it, two in a word.
+struct KeyScales {
+  uint32_t power;
+  uint2 relative;
+
+  __device__ __forceinline__ explicit KeyScales(const uint4& bits) {
+    constexpr int kLog2OfGreatest = 4;
+    const float x = __uint_as_float(bits.x), y = __uint_as_float(bits.y);
+    const float z = __uint_as_float(bits.z), w = __uint_as_float(bits.w);
+    const float greatest = fmaxf(fmaxf(kLeastScale, fmaxf(x, y)), fmaxf(z, w));  // of NaN alone: the least
+    const int exponent = min(exponent_of(greatest), 127) - kLog2OfGreatest;
+    const float back = power_of_two(-exponent);
+    power = pack_power(exponent);
+    relative = make_uint2(pack_float16(x * back, y * back), pack_float16(z * back, w * back));
   }
-}
+};
+
+// Of the first and the second group of a word, as often as a product of pairs takes it.
+__device__ __forceinline__ uint32_t twice_low(uint32_t pair) { return __byte_perm(pair, 0, 0x1010); }
+__device__ __forceinline__ uint32_t twice_high(uint32_t pair) { return __byte_perm(pair, 0, 0x3232); }
 
 }  // namespace dsv32::wide

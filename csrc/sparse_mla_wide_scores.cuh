@@ -1,7 +1,7 @@
 // The warpgroup that computes scores, turns them into weights, and sums the left half of rows by them.
 //
-// Rows lack their scales, so the products of a group are summed apart, then multiplied by the scales of their keys.
-// Rows of the last tile are summed meanwhile, and during the softmax, so that the tensor cores have work.
+// Scores of a tile are computed while rows of the last one are still being summed, so that the tensor cores have work
+// during the softmax.
 #pragma once
 
 #include "sparse_mla_wide_block.cuh"
@@ -26,76 +26,30 @@ struct Softmax {
   float2 total = make_float2(0.0f, 0.0f);
 };
 
-// Starts the products of a group, or of what is rotated: each a group of products of their own.
-__device__ __forceinline__ void start_latent_scores(Scores& scores, const Shared& shared, int stage, int group) {
+// Starts the products of a tile, a group of their own. The right half comes first: it is the first to be there.
+template <int kBlocks>
+__device__ __forceinline__ void start_scores(Scores& latent, Scores& rope, Shared& shared,
+                                             const Turn<kStages>& turn) {
   // Else the descriptors of all products stay in registers from tile to tile.
   const uint64_t queries = describe_columns(forget_origin(shared_address(shared.queries)));
-  const uint64_t rows = describe_columns(forget_origin(shared_address(shared.rows[stage])));
-  wgmma_fence();
-#pragma unroll
-  for (int i = 0; i < kLatentGroupSize; i += 16) {
-    const int column = group * kLatentGroupSize + i;
-    multiply_transposed_float16(scores, at_column(queries, column), at_column(rows, column), i > 0);
-  }
-  wgmma_commit();
-}
-
-__device__ __forceinline__ void start_rope_scores(Scores& scores, const Shared& shared, int stage) {
-  const uint64_t queries = describe_columns(forget_origin(shared_address(shared.queries)));
-  const uint64_t rows = describe_columns(forget_origin(shared_address(shared.rows[stage])));
+  const uint64_t rows = describe_columns(forget_origin(shared_address(shared.rows[turn.stage])));
+  wait_for_rows<kRight, kBlocks>(shared, turn);
   wgmma_fence();
 #pragma unroll
   for (int column = kKvLoraRank; column < kLatentDim; column += 16) {
-    multiply_transposed_bfloat16(scores, at_column(queries, column), at_column(rows, column), column > kKvLoraRank);
+    multiply_transposed_bfloat16(rope, at_column(queries, column), at_column(rows, column), column > kKvLoraRank);
+  }
+#pragma unroll
+  for (int column = kKvLoraRank / 2; column < kKvLoraRank; column += 16) {
+    multiply_transposed_float16(latent, at_column(queries, column), at_column(rows, column), column > kKvLoraRank / 2);
+  }
+  wait_for_rows<kLeft, kBlocks>(shared, turn);
+  wgmma_fence();
+#pragma unroll
+  for (int column = 0; column < kKvLoraRank / 2; column += 16) {
+    multiply_transposed_float16(latent, at_column(queries, column), at_column(rows, column), true);
   }
   wgmma_commit();
-}
-
-// Adds products of a group times the scales of their keys; to nothing, where they are the first.
-template <bool kIsFirst>
-__device__ __forceinline__ void add_scaled(Scores& latent, const Scores& products, const Shared& shared, int stage,
-                                           int group, int thread) {
-  const float* scales = &shared.scales[stage][group][thread % 4 * 2];
-#pragma unroll
-  for (int i = 0; i < kTileKeys / 2; i += 4) {
-    const float2 scale = *reinterpret_cast<const float2*>(scales + i * 2);
-#pragma unroll
-    for (int j = i; j < i + 4; ++j) {
-      const float of_key = j % 2 == 0 ? scale.x : scale.y;
-      latent[j] = kIsFirst ? products[j] * of_key : latent[j] + products[j] * of_key;
-    }
-  }
-  pin(latent);  // else some of this is put off, and scales stay in registers
-}
-
-// Scores of a tile, in two parts. Calls between(i), for i from 0 to 3, to start kOthers groups of other products:
-// the tensor cores compute these while the last products are multiplied by scales. Those of i = 3 may not be done.
-// The right half comes first: it is the first to be there.
-template <int kOthers, class Between>
-__device__ __forceinline__ void score_tile(Scores& latent, Scores& rope, Shared& shared, const Turn<kStages>& turn,
-                                           int thread, Between between) {
-  const int stage = turn.stage;
-  Scores& products = rope;
-  constexpr int kFirst = kRight * kGroupsOfHalf;
-  mbarrier_wait(&shared.rows_full[stage][kRight], turn.parity);
-  start_latent_scores(latent, shared, stage, kFirst);
-  start_latent_scores(products, shared, stage, kFirst + 1);
-  between(0);
-  wgmma_wait<kOthers + 1>(latent);
-  add_scaled<true>(latent, latent, shared, stage, kFirst, thread);
-  wgmma_wait<kOthers>(products);
-  add_scaled<false>(latent, products, shared, stage, kFirst + 1, thread);
-  mbarrier_wait(&shared.rows_full[stage][kLeft], turn.parity);
-#pragma unroll
-  for (int group = 0; group < kGroupsOfHalf; ++group) {
-    start_latent_scores(products, shared, stage, group);
-    between(1 + group);
-    wgmma_wait<kOthers>(products);
-    add_scaled<false>(latent, products, shared, stage, group, thread);
-  }
-  start_rope_scores(rope, shared, stage);
-  between(3);
-  wgmma_wait<kOthers>(rope);
 }
 
 __device__ __forceinline__ float max_of_quad(float x) {
@@ -123,12 +77,11 @@ __device__ __forceinline__ void hand_over_factors(Shared& shared, Turn<1>& turn,
 }
 
 // A weight times the power of two of its key is 2^12 for the greatest one, or somewhat more: what is subtracted is
-// moved when it would be more than 2^14.9. Maxima move in many tiles, but seldom by so much. The scales relative to
-// that power are less than 2, so no product of both overflows; products are exact to 11 bits down to 2^-14, which is
-// at most 2^-26 of the greatest.
+// moved when it would be more than 2^15.9. Maxima move in many tiles, but seldom by so much. In float16, weights have
+// 11 bits down to 2^-14, which is at most 2^-26 of the greatest.
 constexpr float kLog2OfGreatestWeight = 12.0f;
 __device__ __forceinline__ float grown(float subtracted, float candidate) {
-  constexpr float kSlack = 2.9f;
+  constexpr float kSlack = 3.9f;
   return candidate > subtracted + kSlack ? candidate : subtracted;
 }
 
@@ -190,38 +143,38 @@ __device__ __forceinline__ float2 hand_over_weights(Shared& shared, Turn<1>& tur
   return factor;
 }
 
-__device__ __forceinline__ void free_left_half(Shared& shared, Turn<kStages>& turn, int lane) {
-  arrive_for_warp(lane, &shared.rows_free[turn.stage][kLeft]);
-  turn.next();
-}
-
+template <int kBlocks>
 __device__ __forceinline__ void score_tiles(Sums& sums, Softmax& softmax, ScoreTurns& turns, Shared& shared,
                                             const SparseMlaArguments& p, const Work& work, float2 back, int thread) {
   const int lane = thread % 32;
   Scores scores, rope;
-  score_tile<0>(scores, rope, shared, turns.rows, thread, [](int) {});
+  Weights weights;
+  start_scores<kBlocks>(scores, rope, shared, turns.rows);
+  wgmma_wait<0>(scores, rope);
   hand_over_weights(shared, turns.weights, softmax, scores, rope, back, p.scale_log2, turns.rows.stage,
                     work.num_keys, thread);
-  // What a thread has handed over, it reads again: registers that products take stay as they are until these are
-  // done, so the next weights would need others.
-  const auto start_step = [&](int step) { start_values<kLeft>(sums, shared, turns.rows.stage, step, thread); };
   for (int tile = 1; tile < work.num_tiles; ++tile) {
+    // What a thread has handed over, it reads again: registers that products take stay as they are until these are
+    // done, so the next weights would need others.
+    load_weights(weights, shared, thread);
     Turn<kStages> next = turns.rows;
     next.next();
-    score_tile<1>(scores, rope, shared, next, thread, start_step);
+    start_scores<kBlocks>(scores, rope, shared, next);
+    start_values<kLeft>(sums, weights, shared, turns.rows.stage);
+    wgmma_wait<1>(scores, rope);
     const int num_keys = work.num_keys - tile * kTileKeys;
     const float2 factor = hand_over_weights(shared, turns.weights, softmax, scores, rope, back, p.scale_log2,
                                             next.stage, num_keys, thread);
     wgmma_wait<0>(sums[0], sums[1]);
-    free_left_half(shared, turns.rows, lane);
+    free_rows<kLeft, kBlocks>(shared, turns.rows.stage, lane);
+    turns.rows = next;
     rescale(sums, factor);
   }
-#pragma unroll
-  for (int step = 0; step < kValueSteps; ++step) {
-    start_step(step);
-  }
+  load_weights(weights, shared, thread);
+  start_values<kLeft>(sums, weights, shared, turns.rows.stage);
   wgmma_wait<0>(sums[0], sums[1]);
-  free_left_half(shared, turns.rows, lane);
+  free_rows<kLeft, kBlocks>(shared, turns.rows.stage, lane);
+  turns.rows.next();
 }
 
 }  // namespace dsv32::wide

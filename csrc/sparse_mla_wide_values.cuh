@@ -3,12 +3,12 @@
 
 #include "sparse_mla_store.cuh"
 #include "sparse_mla_wide_block.cuh"
-#include "sparse_mla_wide_scales.cuh"
 #include "wgmma.cuh"
 
 namespace dsv32::wide {
 
-// Of these, wgmma.cuh says what a thread has.
+// Weights are operands of products over 16 keys. Of both, wgmma.cuh says what a thread has.
+using Weights = uint32_t[kValueSteps][4];
 using Sums = float[kGroupsOfHalf][kLatentGroupSize / 2];
 
 // Seldom by anything but one.
@@ -24,34 +24,25 @@ __device__ __forceinline__ void rescale(Sums& sums, float2 factor) {
   }
 }
 
-// A thread's weights of 16 keys times their scales of a group, an operand. In float32: of a key whose scales are far
-// apart, the least ones relative to the greatest may be beyond float16.
-__device__ __forceinline__ void apply_scales(uint32_t (&scaled)[4], const uint4& weights, const float* scales, int t) {
-  const uint32_t pairs[4] = {weights.x, weights.y, weights.z, weights.w};
+__device__ __forceinline__ void load_weights(Weights& weights, const Shared& shared, int thread) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 scale = *reinterpret_cast<const float2*>(scales + i / 2 * 8 + 2 * t);
-    const float2 weight = unpack_float16(pairs[i]);
-    scaled[i] = pack_float16(weight.x * scale.x, weight.y * scale.y);
+  for (int step = 0; step < kValueSteps; ++step) {
+    const uint4 a = shared.weights[step][thread];
+    weights[step][0] = a.x, weights[step][1] = a.y, weights[step][2] = a.z, weights[step][3] = a.w;
   }
 }
 
-// Starts the products with 16 keys of a tile, a group of their own, when at most one other is left: operands stay in
-// registers until products are done.
+// Starts the products of a tile, a group of their own.
 template <int kHalf>
-__device__ __forceinline__ void start_values(Sums& sums, const Shared& shared, int stage, int step, int thread) {
+__device__ __forceinline__ void start_values(Sums& sums, const Weights& weights, const Shared& shared, int stage) {
   const uint64_t rows = describe_rows(shared_address(shared.rows[stage][kHalf * kPanelsOfHalf]));
-  wgmma_wait<1>();
-  const uint4 weights = shared.weights[step][thread];
-  uint32_t scaled[kGroupsOfHalf][4];
-#pragma unroll
-  for (int group = 0; group < kGroupsOfHalf; ++group) {
-    apply_scales(scaled[group], weights, &shared.scales[stage][kHalf * kGroupsOfHalf + group][step * 16], thread % 4);
-  }
   wgmma_fence();
 #pragma unroll
-  for (int group = 0; group < kGroupsOfHalf; ++group) {
-    multiply(sums[group], scaled[group], at_column(at_row(rows, step * 16), group * kLatentGroupSize));
+  for (int step = 0; step < kValueSteps; ++step) {
+#pragma unroll
+    for (int group = 0; group < kGroupsOfHalf; ++group) {
+      multiply(sums[group], weights[step], at_column(at_row(rows, step * 16), group * kLatentGroupSize));
+    }
   }
   wgmma_commit();
 }
@@ -99,23 +90,24 @@ __device__ __forceinline__ float2 load_factors(const Shared& shared, int warp, i
   return make_float2(factors[0], factors[8]);
 }
 
+template <int kBlocks>
 __device__ __forceinline__ void sum_right_half(Sums& sums, ValueTurns& turns, Shared& shared, int num_tiles, int warp,
                                                int lane) {
   const int thread = warp * 32 + lane;
   for (int tile = 0; tile < num_tiles; ++tile, turns.rows.next(), turns.weights.next()) {
     const int stage = turns.rows.stage;
     mbarrier_wait(&shared.weights_full, turns.weights.parity);
-    // Full before the weights were; waiting for it makes what was decoded visible here too.
-    mbarrier_wait(&shared.rows_full[stage][kRight], turns.rows.parity);
-    rescale(sums, load_factors(shared, warp, lane));
-#pragma unroll
-    for (int step = 0; step < kValueSteps; ++step) {
-      start_values<kRight>(sums, shared, stage, step, thread);
-    }
+    Weights weights;
+    load_weights(weights, shared, thread);
+    const float2 factor = load_factors(shared, warp, lane);
     arrive_for_warp(lane, &shared.weights_free);
+    rescale(sums, factor);
+    // Full before the weights were; waiting for it makes what was decoded visible here too.
+    wait_for_rows<kRight, kBlocks>(shared, turns.rows);
+    start_values<kRight>(sums, weights, shared, stage);
     wgmma_wait<0>(sums[0], sums[1]);
     // The scores of these rows were computed before their weights were: nobody else reads this half any more.
-    arrive_for_warp(lane, &shared.rows_free[stage][kRight]);
+    free_rows<kRight, kBlocks>(shared, stage, lane);
   }
 }
 

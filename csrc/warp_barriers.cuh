@@ -29,6 +29,18 @@ __device__ __forceinline__ void arrive_for_warp(int lane, Barriers*... barriers)
   }
 }
 
+// At a barrier of every block of the cluster.
+template <int kBlocks>
+__device__ __forceinline__ void arrive_for_warp_in_cluster(int lane, uint64_t* barrier) {
+  __syncwarp();
+  if (lane < kArrivalsOfWarp) {
+#pragma unroll
+    for (int rank = 0; rank < kBlocks; ++rank) {
+      mbarrier_arrive_in_cluster(address_in_block(shared_address(barrier), rank));
+    }
+  }
+}
+
 // And has the phase wait for so many bytes besides, of the whole warp.
 __device__ __forceinline__ void arrive_for_warp_expect(int lane, uint64_t* barrier, int nbytes) {
   __syncwarp();

@@ -37,6 +37,21 @@ def problem(num_heads, num_valid, num_slots, num_rows, block_size=64, device="cp
     return *(x.to(device) for x in (q, cache, slots, valid)), SCALE
 
 
+def rounded_to_float16(cache):
+    """Rows, float32 ``[num_blocks, block_size, 576]``, as the kernel for many heads decodes them.
+
+    Scales, relative to a power of two that takes the greatest of a row to between 16 and 32, become float16, and so
+    do their products with the codes.
+    """
+    views = latent_fp8_views(cache)
+    greatest = views.nope_scale.nan_to_num(0.0).amax(-1, keepdim=True).clamp(min=2.0**-80)
+    power = torch.exp2(torch.frexp(greatest).exponent.double() - 5)
+    scale = (views.nope_scale.double() / power).half().double().unsqueeze(-1)
+    codes = views.nope_fp8.view(torch.uint8).view(torch.float8_e4m3fn).double().unflatten(-1, (4, 128))
+    latent = (codes * scale).half().double().flatten(-2) * power
+    return torch.cat((latent, views.rope.double()), -1).float()
+
+
 def assert_near(got, wanted):
     (out, lse), (wanted_out, wanted_lse) = got, wanted
     torch.testing.assert_close(lse, wanted_lse, rtol=1e-5, atol=2e-5)

@@ -1,13 +1,18 @@
 """The kernel of ``sparse_mla`` in CUDA C++ for more than 32 heads, with products of warpgroups.
 
-A block attends all keys of one token, or a split of them, for 64 heads. It decodes rows to float16, without their
-scales. Splits, of steps with few tokens, are joined by a second launch, in Triton.
+A block attends all keys of one token, or a split of them, for 64 heads. It decodes rows to float16. Two blocks of the
+same keys are a cluster, and decode half of the rows each. Splits, of steps with few tokens, are joined by a second
+launch, in Triton.
+
+Latents of a row are held relative to a power of two, which takes the greatest of its four scales to between 16 and 32.
+The scale becomes float16, and so does its product with a code: each is off by at most ``2**-12`` of itself. Scales
+below ``2**-18`` of the row's greatest and latents below ``2**-14 / 32`` of its greatest scale have fewer bits.
 """
 
 import torch
 
-from vllm_dsv32.kernels import triton_device
 from vllm_dsv32.kernels.sparse_mla_join_triton import join_splits, split_count
+from vllm_dsv32.kernels.triton_device import ceil_div, num_multiprocessors
 
 __all__ = ["HEADS", "KEYS", "attend"]
 
@@ -38,8 +43,11 @@ def attend(
         lse: float32 ``[T, N]``, natural.
     """
     num_tokens, num_heads, _ = q.shape
-    num_programs = num_tokens * -(-num_heads // HEADS)
-    num_splits = split_count(num_programs, topk_slot.shape[1], triton_device.num_multiprocessors(q.device), KEYS)
+    num_head_tiles = ceil_div(num_heads, HEADS)
+    num_blocks = 2 if num_head_tiles % 2 == 0 else 1  # of a cluster
+    num_programs = num_tokens * num_head_tiles // num_blocks
+    num_concurrent = max(1, num_multiprocessors(q.device) // num_blocks)
+    num_splits = split_count(num_programs, topk_slot.shape[1], num_concurrent, KEYS)
     part_out, part_lse = out, lse
     if num_splits > 1:
         part_out = q.new_empty((num_tokens, num_splits, *out.shape[1:]), dtype=torch.float32)

@@ -42,7 +42,10 @@ struct Block {
   uint8_t* memory;
   size_t nbytes;
   std::vector<uint8_t> seen_by_products;  // of shared memory; what was written since, a fence makes visible
+  std::vector<uint32_t> unfenced;         // chunks that other blocks have written
   int num_done = 0;
+
+  void show_to_products(uint32_t chunk) { std::memcpy(seen_by_products.data() + chunk, memory + chunk, 16); }
 };
 
 // Products of a warpgroup that are not known to be done, as one thread has them.

@@ -65,9 +65,13 @@ inline void mbarrier_init(uint64_t* barrier, int count) {
 inline void fence_mbarrier_init() {}
 inline void fence_async_proxy() {
   for (const uint32_t address : current->unfenced) {
-    std::memcpy(current->block->seen_by_products.data() + address, current->block->memory + address, 16);
+    current->block->show_to_products(address);
   }
   current->unfenced.clear();
+  for (const uint32_t address : current->block->unfenced) {
+    current->block->show_to_products(address);
+  }
+  current->block->unfenced.clear();
 }
 inline void mbarrier_arrive(uint64_t* barrier) {
   as_mbarrier(barrier).arrive();
@@ -114,6 +118,8 @@ inline void store_chunk(uint32_t address, const uint4& x) {
   std::memcpy(at(address, 16), &x, 16);
   current->unfenced.push_back(address);
 }
+
+inline void store_word(uint32_t address, uint32_t x) { std::memcpy(at(address, 4), &x, 4); }
 
 inline void load_matrices(uint32_t (&r)[4], uint32_t address) {
   const emulator::Lane* lanes = emulator::exchange({{address}});
@@ -182,8 +188,11 @@ inline uint32_t pack_float16(float low, float high) {
   std::memcpy(&pair, x, 4);
   return pair;
 }
-inline float2 unpack_float16(uint32_t pair) {
-  return {value_of_float16(static_cast<uint16_t>(pair)), value_of_float16(static_cast<uint16_t>(pair >> 16))};
+inline uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+  const auto of = [=](int shift) {
+    return value_of_float16(static_cast<uint16_t>(a >> shift)) * value_of_float16(static_cast<uint16_t>(b >> shift));
+  };
+  return pack_float16(of(0), of(16));
 }
 inline uint32_t float16_of_low_bytes(uint32_t bytes) {
   return pack_float16(value_of_e4m3(static_cast<uint8_t>(bytes)), value_of_e4m3(static_cast<uint8_t>(bytes >> 8)));
@@ -216,6 +225,30 @@ inline float2 load_pair_in_cluster(uint32_t address) { return *reinterpret_cast<
 inline float4 load_quad_in_cluster(uint32_t address) { return *reinterpret_cast<const float4*>(at(address, 16)); }
 inline uint32_t load_word_in_cluster(uint32_t address) { return *reinterpret_cast<const uint32_t*>(at(address, 4)); }
 inline uint4 load_words_in_cluster(uint32_t address) { return *reinterpret_cast<const uint4*>(at(address, 16)); }
+
+inline void mbarrier_arrive_in_cluster(uint32_t barrier) {
+  mbarrier_arrive(reinterpret_cast<uint64_t*>(at(barrier, 8)));
+}
+template <class T>
+void store_in_cluster(uint32_t address, const T& x, uint32_t barrier) {
+  if (address >> 24 == 0 || address >> 24 != barrier >> 24) {
+    std::fprintf(stderr, "a store and its barrier in two blocks\n");
+    std::abort();
+  }
+  current->background.push_back([=] {
+    std::memcpy(at(address, sizeof(T)), &x, sizeof(T));
+    emulator::blocks[(address >> 24) - 1]->unfenced.push_back(address & 0xfffff0);
+    Mbarrier& told = as_mbarrier(reinterpret_cast<uint64_t*>(at(barrier, 8)));
+    told.nbytes -= sizeof(T);
+    told.settle();
+  });
+}
+inline void store_chunk_in_cluster(uint32_t address, const uint4& x, uint32_t barrier) {
+  store_in_cluster(address, x, barrier);
+}
+inline void store_word_in_cluster(uint32_t address, uint32_t x, uint32_t barrier) {
+  store_in_cluster(address, x, barrier);
+}
 
 inline void let_next_kernel_start() {}
 inline void wait_for_last_kernel() {}
