@@ -41,6 +41,14 @@ __device__ __forceinline__ void load_row(Bytes<kBlocks>& bytes, int i, const uin
   }
 }
 
+template <int kHalf, int kBlocks>
+__device__ __forceinline__ void load_rows(Bytes<kBlocks>& bytes, const uint8_t* row, int lane) {
+#pragma unroll
+  for (int i = 0; i < kRowsOfLane<kBlocks>; ++i) {
+    load_row<kHalf>(bytes, i, row, lane);
+  }
+}
+
 // Where a warp writes rows: in its own block, and in the other one, whose barrier is told of every byte.
 template <int kBlocks>
 struct Target {
@@ -127,44 +135,36 @@ __device__ __forceinline__ void decode_tiles(Turn<kStages>& turn, Shared& shared
   };
   const auto row_of_tile = [&](int tile, int slot) {
     const bool exists = tile * kTileKeys + first < work.num_keys;
-    const uint8_t* row = exists ? row_of_slot(p, slot) : nullptr;
-    return row;
+    return exists ? row_of_slot(p, slot) : nullptr;
   };
   const auto scales_of = [](const uint8_t* row) { return load_quad_if(row != nullptr, row + kScalesOffset); };
-  const int first_slot = slot_of_tile(0), second_slot = slot_of_tile(1);
-  int slot = slot_of_tile(2);
+  const int first_slot = slot_of_tile(0);
+  int slot = slot_of_tile(1);
   const uint8_t* row = row_of_tile(0, first_slot);
-  const uint8_t* next_row = row_of_tile(1, second_slot);
   uint4 scale_bits = scales_of(row);
   Bytes<kBlocks> right, left;
-#pragma unroll
-  for (int i = 0; i < kRowsOfLane<kBlocks>; ++i) {
-    load_row<kRight>(right, i, row, lane);
-  }
+  load_rows<kRight>(right, row, lane);
   if (kBlocks == 2) {  // has registers for a whole tile
-#pragma unroll
-    for (int i = 0; i < kRowsOfLane<kBlocks>; ++i) {
-      load_row<kLeft>(left, i, row, lane);
-    }
+    load_rows<kLeft>(left, row, lane);
   }
   for (int tile = 0; tile < work.num_tiles; ++tile, turn.next()) {
-    const uint8_t* coming_row = row_of_tile(tile + 2, slot);
-    slot = slot_of_tile(tile + 3);
     const KeyScales scales(scale_bits);
-    scale_bits = scales_of(next_row);
     if constexpr (kBlocks == 2) {
+      row = row_of_tile(tile + 1, slot);
+      slot = slot_of_tile(tile + 2);
+      scale_bits = scales_of(row);
       decode_half<kRight>(right, turn, shared, scales, warp, lane,
-                          [&](int i) { load_row<kRight>(right, i, next_row, lane); });
-      decode_half<kLeft>(left, turn, shared, scales, warp, lane,
-                         [&](int i) { load_row<kLeft>(left, i, next_row, lane); });
+                          [&](int i) { load_row<kRight>(right, i, row, lane); });
+      decode_half<kLeft>(left, turn, shared, scales, warp, lane, [&](int i) { load_row<kLeft>(left, i, row, lane); });
     } else {
       decode_half<kRight>(right, turn, shared, scales, warp, lane,
                           [&](int i) { load_row<kLeft>(left, i, row, lane); });
+      row = row_of_tile(tile + 1, slot);
+      slot = slot_of_tile(tile + 2);
+      scale_bits = scales_of(row);
       decode_half<kLeft>(left, turn, shared, scales, warp, lane,
-                         [&](int i) { load_row<kRight>(right, i, next_row, lane); });
+                         [&](int i) { load_row<kRight>(right, i, row, lane); });
     }
-    row = next_row;
-    next_row = coming_row;
   }
 }
 
