@@ -1,12 +1,12 @@
 """The kernel of ``sparse_mla`` in CUDA C++ for more than 32 heads, with products of warpgroups.
 
-A block attends all keys of one token, or a split of them, for 64 heads. It decodes rows to float16. Two blocks of the
-same keys are a cluster, and decode half of the rows each. Splits, of steps with few tokens, are joined by a second
-launch, in Triton.
+A block attends all keys of one token, or a split of them, for 64 heads. It decodes rows to float16. Two blocks that
+attend the same keys are a cluster, and decode half of them each. Splits, of steps with few tokens, are joined by a
+second launch, in Triton.
 
-Latents of a row are held relative to a power of two, which takes the greatest of its four scales to between 16 and 32.
-The scale becomes float16, and so does its product with a code: each is off by at most ``2**-12`` of itself. Scales
-below ``2**-18`` of the row's greatest and latents below ``2**-14 / 32`` of its greatest scale have fewer bits.
+Latents of a row are held relative to a power of two that takes the greatest of its four scales to between 16 and 32.
+A scale becomes float16, and so does its product with a code: each is off by at most ``2**-11`` of itself. Scales below
+``2**-18`` of the row's greatest one, and latents below ``2**-18`` of it, have fewer bits.
 """
 
 import torch
