@@ -43,11 +43,11 @@ def sparse_mla(
     """See :func:`vllm_dsv32.kernels.sparse_mla.reference`.
 
     Products are of float16, but for the rotary part. Queries are exact, but for those below ``2**-31`` of the
-    greatest of their head: these are off by at most ``2**-39`` of it. A key's weight, times the scale of a group, is
-    rounded to float16: to 11 bits down to ``2**-26`` of the greatest such product of the head and the token's keys,
-    to fewer below. With more than 32 heads that is its weight times a power of two near the greatest scale, and rows
-    are rounded: :mod:`vllm_dsv32.kernels.sparse_mla_cuda_wide` says how. An infinite query, a NaN in a row, and
-    scores or scales beyond the range of float32 give NaN.
+    greatest of their head: these are off by at most ``2**-39`` of it. A key's weight, times the scale of a
+    group, is rounded to float16: to 11 bits down to ``2**-26`` of the greatest such product of the head and
+    the token's keys, to fewer below. With more than 32 heads that is its weight times a power of two near the
+    greatest scale, and rows are rounded: :mod:`vllm_dsv32.kernels.sparse_mla_cuda_wide` says how. An infinite
+    query, a NaN in a row, and scores or scales beyond the range of float32 give NaN.
 
     Raises:
         ValueError: queries or a cache of another type; or pages that are not aligned.

@@ -4,9 +4,10 @@ A block attends all keys of one token, or a split of them, for 64 heads. It deco
 attend the same keys are a cluster, and decode half of them each. Splits, of steps with few tokens, are joined by a
 second launch, in Triton.
 
-Latents of a row are held relative to a power of two that takes the greatest of its four scales to between 16 and
-32. A scale becomes float16, and so does its product with a code: each is off by at most ``2**-11`` of itself. Scales
-below ``2**-18`` of the row's greatest one, and latents below ``2**-18`` of it, have fewer bits.
+Latents of a row are held relative to a power of two that takes the greatest of its four scales to between 16
+and 32. A scale becomes float16, and so does its product with a code: each is off by at most ``2**-11`` of
+itself. Scales below ``2**-18`` of the row's greatest one, and latents below ``2**-18`` of it, have fewer
+bits.
 """
 
 import torch
