@@ -68,9 +68,7 @@ def test_splits_on_cpu(monkeypatch, on_cpu, num_heads, num_splits):
     assert_right((out, lse), *arguments)
 
 
-@pytest.mark.parametrize(
-    ("num_heads", "block_size"), [(33, 16), (63, 48), (65, 256), (128, 64), (129, 64)]
-)
+@pytest.mark.parametrize(("num_heads", "block_size"), [(33, 16), (63, 48), (65, 256), (128, 64), (129, 64)])
 def test_other_heads_and_pages_on_cpu(on_cpu, num_heads, block_size):
     arguments = problem(num_heads, [130, 64], 192, 512, block_size)
     assert_right(on_cpu(*arguments, 1), *arguments)
