@@ -68,6 +68,7 @@ __device__ __forceinline__ void wait_to_hand_over(Shared& shared, const Turn<1>&
 
 __device__ __forceinline__ void hand_over_factors(Shared& shared, Turn<1>& turn, float2 factor, int thread) {
   const int warp = thread / 32, lane = thread % 32;
+  __syncwarp();  // all lanes of a quad have read what one of them overwrites
   if (lane % 4 == 0) {
     float* factors = &shared.factors[warp * 16 + lane / 4];
     factors[0] = factor.x, factors[8] = factor.y;

@@ -20,9 +20,11 @@ from vllm_dsv32.kernels import (
 
 
 def attend(num_heads, num_valid, num_slots):
-    q, *rest, scale = sparse_mla_cuda_cases.problem(num_heads, num_valid, num_slots, 2048)
-    got = sparse_mla_cuda.sparse_mla(*map(cuda_copy, (q, *rest)), scale)
-    wanted = sparse_mla.reference(q.float(), *rest, scale)
+    q, cache, *rest, scale = sparse_mla_cuda_cases.problem(num_heads, num_valid, num_slots, 2048)
+    got = sparse_mla_cuda.sparse_mla(*map(cuda_copy, (q, cache, *rest)), scale)
+    is_rounded = num_heads > sparse_mla_cuda.MAX_HEADS
+    rows = sparse_mla_cuda_cases.rounded_to_float16(cache) if is_rounded else cache
+    wanted = sparse_mla.reference(q.float(), rows, *rest, scale)
     sparse_mla_cuda_cases.assert_near([x.cpu() for x in got], wanted)
 
 

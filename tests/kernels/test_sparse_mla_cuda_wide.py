@@ -54,6 +54,7 @@ def test_counts_around_tiles_on_cpu(on_cpu):
     assert_right(on_cpu(*arguments, 1), *arguments)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="splits are joined in Triton, here interpreted")
 @pytest.mark.parametrize(("num_heads", "num_splits"), [(64, 1), (64, 2), (64, 5), (128, 3)])
 def test_splits_on_cpu(monkeypatch, on_cpu, num_heads, num_splits):
     q, cache, slots, valid, scale = arguments = problem(num_heads, [0, 1, 64, 65, 320], 320, 1024)
