@@ -10,7 +10,8 @@ height.
 
 Prefill: what a prompt takes more than one of the length before, over the tokens that it has more. Short prompts are
 given several at once, so that steps are full. Decode: the time of a step of --batch sequences whose prompts are in
-the prefix cache, over that number. Microseconds a token are GPU seconds a million tokens, too.
+the prefix cache, over that number; and what its kernels take of that, by a profile. Microseconds a token are GPU
+seconds a million tokens, too.
 """
 
 import argparse
@@ -35,6 +36,7 @@ __all__ = ["draw", "figures_of", "marginal", "rows_of"]
 K = 1024
 CONTEXTS = tuple(n * K for n in (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160))
 TABLE = "Microseconds a token"
+KERNELS = "decode, kernels"
 _POINT = "measured "
 _SETTINGS = ("contexts", "batch", "cache", *ENGINE_OPTIONS)
 
@@ -60,6 +62,11 @@ def measure(options: argparse.Namespace) -> None:
         """A step; the last one has this context."""
         return engine.time_decode([text[: context - options.new_tokens - 1] for text in texts])
 
+    def decode_kernels(context: int) -> float:
+        """Seconds of all kernels of such a step."""
+        kernels = engine.profile_decode([text[: context - options.new_tokens - 1] for text in texts])
+        return 1e-6 * sum(us for us, _ in kernels.values())
+
     say_ready_and_wait()
     measured: dict[str, Any] = {"first_answer_s": engine.first_answer_s, "prompts_at_once": [*at_once.values()]}
     for name, measurement in (("prefill_call_s", prefill), ("decode_step_s", decode)):
@@ -67,6 +74,7 @@ def measure(options: argparse.Namespace) -> None:
         for context in options.contexts:
             measured[name].append(asdict(measurement(context)))
             print(f"{_POINT}{name} {context} {measured[name][-1]['seconds']:.6f}", flush=True)
+    measured["decode_kernels_s"] = [decode_kernels(context) for context in options.contexts]
     options.out.write_text(json.dumps(measured))
 
 
@@ -111,7 +119,8 @@ def compare_on(gpu: str, folder: Path, options: argparse.Namespace) -> None:
             notes=[
                 f"![cost by context]({options.out.with_suffix('.png').name})",
                 "Prefill: between this length and the one before, by the fastest calls. "
-                "Decode: a step's time, by the fastest calls, over the sequences in it. "
+                "Decode: a step's time, by the fastest calls, over the sequences in it. Kernels: such a step by "
+                "a profile, that is without the host, for which four layers wait. "
                 "The range of each is in the JSON file's details.",
                 "No pass mark: the figure is for comparison.",
             ],
@@ -152,10 +161,14 @@ def rows_of(side: str, contexts: Sequence[int], raw: dict[str, Any], batch: int)
     """Of one side, from what its child measured with ``batch`` sequences that decode."""
     calls = zip(raw["prefill_call_s"], raw["prompts_at_once"], strict=True)
     prefills = marginal(contexts, [call["seconds"] / num for call, num in calls])
-    return [
+    rows = [
         {"side": side, "context": context, "prefill": 1e6 * prefill, "decode": 1e6 * step["seconds"] / batch}
         for context, prefill, step in zip(contexts, prefills, raw["decode_step_s"], strict=True)
     ]
+    for row, seconds in zip(rows, raw.get("decode_kernels_s", ()), strict=False):
+        if seconds > 0:  # on a GPU
+            row[KERNELS] = 1e6 * seconds / batch
+    return rows
 
 
 def figures_of(rows: Sequence[dict[str, Any]], contexts: Sequence[int]) -> list[Figure]:
@@ -163,20 +176,21 @@ def figures_of(rows: Sequence[dict[str, Any]], contexts: Sequence[int]) -> list[
     longest = {row["side"]: row for row in rows if row["context"] == max(contexts)}
     figures = [
         Figure(f"{phase} at {max(contexts)} tokens, {side}", row[phase], unit="us/token", higher_is_better=False)
-        for phase in ("prefill", "decode")
+        for phase in ("prefill", "decode", KERNELS)
         for side, row in longest.items()
+        if phase in row
     ]
     if len(longest) > 1:
         figures += [
             Figure(f"{phase} at {max(contexts)} tokens, in-tree / plugin", longest[IN_TREE][phase] / ours)
             for phase, ours in longest[PLUGIN].items()
-            if phase in ("prefill", "decode")
+            if phase in ("prefill", "decode", KERNELS)
         ]
     return figures
 
 
 def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """The figure: a panel for prefill and one for decode, a curve a side.
+    """The figure: a panel for prefill and one for decode, a curve a side; of decode also one of its kernels alone.
 
     Args:
         rows: as the table of the results has them.
@@ -189,7 +203,11 @@ def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     for phase, axes in zip(("prefill", "decode"), panels, strict=True):
         for side in dict.fromkeys(row["side"] for row in rows):
             points = [(row["context"] / K, row[phase]) for row in rows if row["side"] == side]
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=side)
+            (curve,) = axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=side)
+            kernels = [(row["context"] / K, row[KERNELS]) for row in rows if row["side"] == side and KERNELS in row]
+            if phase == "decode" and kernels:
+                label = f"{side}, kernels alone"
+                axes.plot(*zip(*kernels, strict=True), linestyle="--", color=curve.get_color(), label=label)
         axes.set(title=phase, xlabel="context (1024 tokens)", ylabel="µs a token", xlim=(0, None), ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.legend()

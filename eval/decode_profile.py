@@ -120,7 +120,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=16, help="sequences (default: 16)")
     parser.add_argument("--cache", default="fp8", help="as --kv-cache-dtype (default: fp8)")
     add_engine_options(parser)
-    parser.set_defaults(new_tokens=64)
     add_child_options(parser)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

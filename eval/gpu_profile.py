@@ -11,7 +11,10 @@ __all__ = ["launches_of", "short_name"]
 
 
 def launches_of(call: Callable[[], object]) -> list[tuple[str, float]]:
-    """Kernels, fills and copies in the order of their start, with microseconds on the GPU."""
+    """Kernels, fills and copies in the order of their start, with microseconds on the GPU; without one, none."""
+    if not torch.cuda.is_available():
+        call()
+        return []
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         call()
         torch.cuda.synchronize()

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import context_cost
 import matplotlib.image
 import pytest
-from context_cost import CONTEXTS, TABLE, draw, main, marginal, rows_of
+from context_cost import CONTEXTS, KERNELS, TABLE, draw, main, marginal, rows_of
 from engine_runs.sides import IN_TREE, PLUGIN
 from engine_runs.timed_engine import Timing
 
@@ -24,7 +24,7 @@ def test_marginal_cost_is_the_derivative():
         assert cost == pytest.approx(3e-6 + 1e-11 * (n + before))
 
 
-def raw(prefill_s, decode_step_s, at_once=1):
+def raw(prefill_s, decode_step_s, at_once=1, decode_kernels_s=()):
     """As a child writes it, where a call takes ``at_once`` prompts, each ``prefill_s``."""
 
     def timing(seconds):
@@ -34,6 +34,7 @@ def raw(prefill_s, decode_step_s, at_once=1):
         "prompts_at_once": [at_once] * len(prefill_s),
         "prefill_call_s": [timing(at_once * seconds) for seconds in prefill_s],
         "decode_step_s": [timing(seconds) for seconds in decode_step_s],
+        "decode_kernels_s": list(decode_kernels_s),
     }
 
 
@@ -44,9 +45,20 @@ def test_rows_are_microseconds_a_token():
     assert [row["decode"] for row in rows] == pytest.approx([500, 1000])
 
 
+def test_kernels_are_given_where_a_gpu_ran_them():
+    rows = rows_of(PLUGIN, [K, 2 * K], raw([0.001, 0.003], [0.008, 0.016], decode_kernels_s=[0.004, 0.006]), 16)
+    assert [row[KERNELS] for row in rows] == pytest.approx([250, 375])
+    rows = rows_of(PLUGIN, [K], raw([0.001], [0.008], decode_kernels_s=[0.0]), 16)
+    assert KERNELS not in rows[0]
+
+
 def both_sides():
-    flat = raw([n * 1e-5 for n in CONTEXTS], [0.01] * len(CONTEXTS))
-    steep = raw([n * 3e-5 for n in CONTEXTS], [n * 1e-6 for n in CONTEXTS])
+    flat = raw([n * 1e-5 for n in CONTEXTS], [0.01] * len(CONTEXTS), decode_kernels_s=[0.002] * len(CONTEXTS))
+    steep = raw(
+        [n * 3e-5 for n in CONTEXTS],
+        [n * 1e-6 for n in CONTEXTS],
+        decode_kernels_s=[0.002 + n * 1e-7 for n in CONTEXTS],
+    )
     return [*rows_of(PLUGIN, CONTEXTS, flat, 16), *rows_of(IN_TREE, CONTEXTS, steep, 16)]
 
 
@@ -55,6 +67,7 @@ def test_figures_compare_the_sides_at_the_longest_context():
     assert figures["prefill at 163840 tokens, plugin"] == pytest.approx(10)
     assert figures["prefill at 163840 tokens, in-tree / plugin"] == pytest.approx(3)
     assert figures["decode at 163840 tokens, in-tree / plugin"] == pytest.approx(16.384)
+    assert figures["decode, kernels at 163840 tokens, in-tree / plugin"] == pytest.approx(9.192)
 
 
 def test_both_sides_are_drawn(tmp_path):

@@ -57,8 +57,8 @@ def test_names_of_kernels_are_shortened(name, short):
 
 def test_a_step_is_the_difference_of_a_long_and_a_short_answer(monkeypatch):
     engine = TimedEngine.__new__(TimedEngine)
-    engine._num_steps, engine._step_tokens = 4, 100
-    engine._one, engine._many = (SimpleNamespace(max_tokens=num) for num in (1, 5))
+    engine._step_tokens, engine._params = 100, SimpleNamespace
+    engine._one, engine._many = (SimpleNamespace(max_tokens=num) for num in (1, 257))
     profiled = []
 
     def run(rows, params):
@@ -73,7 +73,7 @@ def test_a_step_is_the_difference_of_a_long_and_a_short_answer(monkeypatch):
     engine._run = run
     monkeypatch.setattr(gpu_profile, "launches_of", launches_of)
     kernels = engine.profile_decode([[1, 2, 3]])
-    assert profiled == [5, 1, 5, 1]
+    assert profiled == [257, 1, 33, 1]
     assert kernels == {"prefill": (0.0, 0.0), "attend": (2.0, 1.0), "gemm": (6.5, 2.0), "copy": (0.0, 0.0)}
 
 
