@@ -19,7 +19,7 @@ check() { # title, command...
 
 check "ruff check" "$BIN/ruff" check .
 check "ruff format" "$BIN/ruff" format --check .
-check "shellcheck" "$BIN/shellcheck" recipes/*.sh tests/run.sh .ci/run
+check "shellcheck" "$BIN/shellcheck" recipes/*.sh tests/*.sh .ci/run
 check "mypy" "$BIN/mypy"
 # Three processes keep two cores busy while servers start. A file stays together: its tests share servers and engines.
 check "pytest" "$BIN/pytest" -n 3 --dist loadfile "$@"

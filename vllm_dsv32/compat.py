@@ -1,4 +1,4 @@
-"""Which vLLM this plugin was tested with, and what differs between those and 0.33.
+"""Which vLLM this plugin was tested with, and what differs between them.
 
 Of all that the plugin uses, 0.33 has other signatures only for the logits of the DeepGEMM that it ships;
 ``pytest tests/plugin/test_vllm_versions.py --vllm-sources DIR`` compares.
@@ -18,7 +18,7 @@ __all__ = [
     "vllm_version",
 ]
 
-TESTED_RANGE = SpecifierSet(">=0.32,<0.33")
+TESTED_RANGE = SpecifierSet(">=0.32,<0.34")
 """Equal to the requirement in pyproject.toml; a test compares them."""
 
 

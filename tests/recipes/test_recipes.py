@@ -11,7 +11,7 @@ import pytest
 from recipes.pages import RECIPES, ROOT, Command, Page, load_script, pages, parse_command, variables_in
 from vllm import AsyncEngineArgs
 from vllm.config import VllmConfig
-from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.cli.serve import make_arg_parser, validate_parsed_serve_args
 from vllm.envs import environment_variables
 from vllm.plugins import load_general_plugins
 from vllm.usage.usage_lib import UsageContext

@@ -145,7 +145,7 @@ def test_text_shows_refusals_and_groups_equal_answers() -> None:
     }
     report = doctor.Report(
         versions={"vllm": "0.32.0"},
-        tested_with=">=0.32,<0.33",
+        tested_with=">=0.32,<0.34",
         platform=doctor.PlatformReport(
             name="CudaPlatform", device_type="cuda", device_name="Some GPU", capability=(9, 0)
         ),

@@ -4,7 +4,7 @@
 
     {
       "versions": {"vllm-dsv32": str, "vllm": str, "torch": str, "transformers": str, "python": str},
-      "tested_with": str,                  versions of vLLM, as in ">=0.32,<0.33"
+      "tested_with": str,                  versions of vLLM, as in ">=0.32,<0.34"
       "platform": {
         "name": str,                       vLLM's platform class
         "device_type": str,                as in torch.device.type
