@@ -1,7 +1,7 @@
-"""Operation ``sparse_mla`` for SM 90 in CUDA C++: bfloat16 queries, an ``fp8_ds_mla`` cache, one launch.
+"""Operation ``sparse_mla`` for SM 90 in CUDA C++: bfloat16 queries, an ``fp8_ds_mla`` cache.
 
 A block attends a share of the keys of one token for 16 heads. The shares of a token are the blocks of a cluster,
-which join their results in each other's shared memory: no second launch, no counters, the same sums every time.
+which join their results in each other's shared memory: no launch for that, no counters, the same sums every time.
 More heads are more blocks, each of which reads the rows; from 33 on they are for another kernel.
 """
 
