@@ -1,7 +1,9 @@
-"""CUDA kernels as functions of a C library, every thread of them, under an emulator of their instructions."""
+"""CUDA kernels as functions of a C library, every thread of them, under an emulator of their instructions; and what
+their compiler says of them."""
 
 import ctypes
 import importlib.util
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -30,3 +32,21 @@ def load_build():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def spilled_nbytes(name: str, directory: Path) -> list[int]:
+    """Of each kernel in ``csrc/NAME.cu``, how much it loads of what registers could not hold; skips without nvcc.
+
+    Where the compiler cannot keep products in the background, it makes them wait for each other, and says so: that
+    fails.
+    """
+    build = load_build()
+    nvcc = build.find_nvcc()
+    if nvcc is None:
+        pytest.skip("needs nvcc")
+    source, cubin = SOURCES / f"{name}.cu", directory / "cubin"
+    command = [nvcc, *build.KERNEL_OPTIONS, "-res-usage", "-cubin", source, "-o", cubin]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    report = result.stdout + result.stderr
+    assert "wgmma.mma_async instructions are serialized" not in report
+    return list(map(int, re.findall(r"(\d+) bytes spill loads", report)))

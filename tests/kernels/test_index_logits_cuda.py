@@ -1,12 +1,11 @@
 """The kernel in CUDA C++ for prefill: arithmetic, copies and barriers on the CPU, all of it on a GPU of SM 90."""
 
 import ctypes
-import subprocess
 
 import pytest
 import torch
 
-from kernels.emulated import SOURCES, emulated, load_build
+from kernels.emulated import emulated, spilled_nbytes
 from kernels.index_logits_cases import BATCHES, assert_near, needs_hopper, problem
 from kernels.inputs import index_cache
 from vllm_dsv32.kernels import (
@@ -154,16 +153,7 @@ def test_what_is_not_finite_stays_where_it_is_on_cpu(on_cpu):
 
 
 def test_products_overlap_and_registers_suffice(tmp_path):
-    """Where the compiler cannot keep products in the background, it makes them wait for each other, and says so."""
-    build = load_build()
-    nvcc = build.find_nvcc()
-    if nvcc is None:
-        pytest.skip("needs nvcc")
-    command = [nvcc, *build.KERNEL_OPTIONS, "-res-usage", "-cubin", SOURCES / "index_logits_sm90.cu"]
-    result = subprocess.run([*command, "-o", tmp_path / "cubin"], capture_output=True, text=True, check=True)
-    report = result.stdout + result.stderr
-    assert "wgmma.mma_async instructions are serialized" not in report
-    assert " 0 bytes spill stores, 0 bytes spill loads" in report
+    assert spilled_nbytes("index_logits_sm90", tmp_path) == [0]
 
 
 @pytest.mark.parametrize(

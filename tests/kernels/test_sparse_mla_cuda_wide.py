@@ -1,12 +1,9 @@
 """The kernel in CUDA C++ for many heads: its arithmetic and barriers on the CPU, all of it on a GPU of SM 90."""
 
-import re
-import subprocess
-
 import pytest
 import torch
 
-from kernels.emulated import SOURCES, load_build
+from kernels.emulated import spilled_nbytes
 from kernels.sparse_mla_cuda_cases import (
     LOG2_E,
     assert_near,
@@ -136,17 +133,8 @@ def test_every_code_and_its_scale_on_cpu(on_cpu):
 
 
 def test_products_overlap_and_registers_suffice(tmp_path):
-    """Where the compiler cannot keep products in the background, it makes them wait for each other, and says so."""
-    build = load_build()
-    nvcc = build.find_nvcc()
-    if nvcc is None:
-        pytest.skip("needs nvcc")
-    command = [nvcc, *build.KERNEL_OPTIONS, "-res-usage", "-cubin", SOURCES / "sparse_mla_wide_sm90.cu"]
-    result = subprocess.run([*command, "-o", tmp_path / "cubin"], capture_output=True, text=True, check=True)
-    report = result.stdout + result.stderr
-    assert "wgmma.mma_async instructions are serialized" not in report
-    spills = re.findall(r"(\d+) bytes spill loads", report)
-    assert spills == ["0", "0"]  # of the kernel of one block and of that of two
+    of_one_block, of_two_blocks = spilled_nbytes("sparse_mla_wide_sm90", tmp_path)
+    assert of_one_block == of_two_blocks == 0
 
 
 @pytest.mark.parametrize("num_splits", [None, 1, 2, 7, 32])
