@@ -142,6 +142,7 @@ SparseMlaArguments sparse_mla_arguments(const char* op, const Tensor& q, const T
           topk_slot.dim());
   const int64_t num_tokens = q.size(0), num_heads = q.size(1), num_slots = topk_slot.size(1);
   require_tensor(op, q, "q", ScalarType::BFloat16, {num_tokens, num_heads, kLatentDim});
+  require_aligned(op, q.data_ptr(), "q");
   require_tensor(op, topk_slot, "topk_slot", ScalarType::Int, {num_tokens, num_slots});
   require_tensor(op, num_valid, "num_valid", ScalarType::Int, {num_tokens});
   require(cache.is_cuda() && cache.scalar_type() == ScalarType::Byte && cache.size(2) == kLatentFp8Nbytes &&

@@ -31,6 +31,8 @@ constexpr int kStages = 4;  // of rows
 constexpr int kWeightStages = 2;
 // A row of weights, in values. An odd multiple of 16 bytes: eight rows at the same column do not conflict.
 constexpr int kWeightPitch = kTileKeys + 8;
+// A row of queries, in values. An odd multiple of 16 bytes, too.
+constexpr int kQueryPitch = kLatentDim + 8;
 // A row of the output of a split, in values: rows that a quarter of a warp writes together lie in other banks.
 constexpr int kOutPitch = kKvLoraRank + 16;
 
@@ -42,6 +44,9 @@ struct Shared {
   alignas(128) uint8_t rows[kStages][kTileKeys][kLatentFp8Nbytes];
   // In float16: weights times the scale of each group.
   alignas(16) uint16_t weights[kWeightStages][kNumGroups][kTileHeads][kWeightPitch];
+  // The latent part in float16, times a power of two for each head, whose reciprocals are the factors.
+  alignas(16) uint16_t queries[kTileHeads][kQueryPitch];
+  alignas(16) float query_factors[kTileHeads];
   alignas(16) float maxima[2][kTileHeads][kNumScoreWarps];
   alignas(16) float totals[2][kTileHeads][kNumScoreWarps];
   alignas(16) float shrink[kWeightStages][kTileHeads];

@@ -139,7 +139,7 @@ __device__ __forceinline__ void score_tiles(ScoreTurns& turns, Shared& shared, c
                                             const Work& work, int warp, int lane) {
   Queries queries;
   float back[2];
-  load_queries(queries, back, p, work, lane);
+  load_queries(queries, back, shared, p, work, warp, lane);
   // As load_matrices takes them: of a block of eight keys, then of the next one, then 16 bytes on in both; and of the
   // rotary part, 16 bytes on before the next block.
   const int first_key = warp * kKeysOfWarp;
@@ -182,10 +182,14 @@ __device__ __forceinline__ void score_tiles(ScoreTurns& turns, Shared& shared, c
     }
   };
   if (work.keys_left(0) > 0) {
-    score_tile(0, [](int) {});
+    // One copy of the code for all tiles: of a launch of few tiles, fetching instructions is a part of its time.
 #pragma unroll 1
-    for (int tile = 1; work.keys_left(tile) > 0; ++tile) {
-      score_tile(tile, weigh_last_tile);
+    for (int tile = 0; work.keys_left(tile) > 0; ++tile) {
+      score_tile(tile, [&](int part) {
+        if (tile > 0) {
+          weigh_last_tile(part);
+        }
+      });
     }
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
