@@ -22,7 +22,7 @@ class SparseProblem:
     q: torch.Tensor
     """bfloat16 ``[T, N, 576]``."""
     slots: torch.Tensor
-    """int32 ``[T, 2048]``, all valid."""
+    """int32 ``[T, 2048]``, all valid, ascending, as ``topk_select`` writes positions."""
     num_valid: torch.Tensor
     """int32 ``[T]``."""
 
@@ -31,9 +31,10 @@ class SparseProblem:
         """Rows drawn at random from a cache; each token has such a share of them from the one before."""
         num_others = round((1 - overlap) * TOPK)
         drawn = torch.randint(num_slots, ((num_tokens - 1) * num_others + TOPK,), device="cuda", dtype=torch.int32)
+        slots = drawn.unfold(0, TOPK, num_others).sort(-1).values
         return cls(
             q=torch.randn(num_tokens, num_heads, LATENT_DIM, device="cuda", dtype=torch.bfloat16),
-            slots=drawn.unfold(0, TOPK, num_others).contiguous(),
+            slots=slots,
             num_valid=torch.full((num_tokens,), TOPK, device="cuda", dtype=torch.int32),
         )
 
