@@ -11,8 +11,8 @@ graph, and the contestants replay in turn. A ratio is the best peer's time over 
 Before a problem is timed, the sides' results are compared, and ours with the plain torch reference; a kernel that
 is wrong takes the row's ratio away. Selections are right if they are the highest values; attention is given them in
 ascending order, on both sides. Exits with 1 if a kernel is wrong or a goal is missed. Both sides go from index keys
-to the cache slots of what they select; vLLM's top-k writes positions, and its remap, a launch of its own, turns them
-into slots.
+to the cache slots of what they select; vLLM's top-k writes positions, and its remap, a launch of its own, turns
+them into slots.
 
 Where keys come from memory, the floor is the time of reading them once, in fp8, at the bandwidth of a copy that is
 measured in the same run. Of the whole block, launches are counted in a profile.
