@@ -61,13 +61,13 @@ class Source {
       open_work(p, num_splits);
       return;
     }
-    const int key = tile_ * kTileKeys + row_in_tile_;
-    slot_ = load_if(key < num_keys_, slots_ + key);
+    slot_ = load_slot(tile_);
     if (kTilesAhead > 0) {
-      const int key_ahead = key + kTilesAhead * kTileKeys;
-      if (lane / kRowsOfWarp == half && key_ahead < num_keys_) {
-        prefetch_bulk(row_of_slot<kLatentBf16Nbytes>(p, slots_[key_ahead]), kLatentBf16Nbytes);
+      const bool exists = (tile_ + kTilesAhead) * kTileKeys + row_in_tile_ < num_keys_;
+      if (lane / kRowsOfWarp == half && exists) {
+        prefetch_bulk(row_of_slot<kLatentBf16Nbytes>(p, slot_ahead_), kLatentBf16Nbytes);
       }
+      slot_ahead_ = load_slot(tile_ + kTilesAhead + 1);
     }
   }
 
@@ -79,9 +79,17 @@ class Source {
         num_keys_ = work.num_keys;
         slots_ = work.slots;
         tile_ = -1;
+        if (kTilesAhead > 0) {
+          slot_ahead_ = load_slot(kTilesAhead);
+        }
         return;
       }
     }
+  }
+
+  __device__ __forceinline__ int load_slot(int tile) const {
+    const int key = tile * kTileKeys + row_in_tile_;
+    return load_if(key < num_keys_, slots_ + key);
   }
 
   int index_;
@@ -89,6 +97,7 @@ class Source {
   int tile_ = -1;  // of the queries
   int num_keys_ = 0;
   int slot_ = 0;
+  int slot_ahead_ = 0;  // of what is fetched to the second-level cache next
   const int32_t* slots_ = nullptr;
 };
 

@@ -52,10 +52,11 @@ __device__ __forceinline__ void take_queries(Queries& queries, Shared& shared, i
   named_barrier(kScoreBarrier, kWarpgroup);
 }
 
+// Products of all warpgroups then see the rows, and what this thread has written before.
 __device__ __forceinline__ void wait_for_rows(Shared& shared, const Turn<kStages>& turn) {
   mbarrier_wait(&shared.rows_full[turn.stage], turn.parity);
-  if (kArrival != Arrival::kThreads) {
-    fence_async_proxy();  // for those who wait for the weights too
+  if (kScoresFirst || kArrival != Arrival::kThreads) {
+    fence_async_proxy();
   }
 }
 
@@ -82,7 +83,7 @@ __device__ __forceinline__ void start_scores(Scores& scores, const Queries& quer
   wgmma_commit();
 }
 
-// Turns scores of a tile into weights, in its stage.
+// Turns scores of a tile into weights, in its stage. Before they are handed over, they are fenced.
 __device__ __forceinline__ void store_weights(Shared& shared, Softmax& softmax, Scores& scores, float scale_log2,
                                               int stage, int num_keys, int warp, int lane) {
 #pragma unroll
@@ -127,7 +128,6 @@ __device__ __forceinline__ void store_weights(Shared& shared, Softmax& softmax, 
   if (lane % 4 == 0) {
     shared.factors[stage][pair_of_heads(warp, lane)] = pack_bfloat16(factor.x, factor.y);
   }
-  fence_async_proxy();
 }
 
 __device__ __forceinline__ void hand_over_weights(Shared& shared, int stage, int lane) {
@@ -149,11 +149,13 @@ __device__ __forceinline__ void score_tiles(Softmax& softmax, const Queries& que
     wgmma_wait<0>(scores);
     store_weights(shared, softmax, scores, scale_log2, turn.stage, num_keys, warp, lane);
     if (!kScoresFirst) {
+      fence_async_proxy();
       hand_over_weights(shared, turn.stage, lane);
     }
     last_stage = turn.stage;
   }
   if (kScoresFirst) {
+    fence_async_proxy();
     hand_over_weights(shared, last_stage, lane);
   }
 }

@@ -8,9 +8,7 @@
 namespace dsv32::wide::bf16 {
 
 constexpr int kColumnsOfHalf = kPanelsOfHalf * kPanelColumns;
-constexpr int kColumnsOfProduct = 128;
-// Of both, wgmma.cuh says what a thread has.
-using Sums = float[kColumnsOfHalf / kColumnsOfProduct][kColumnsOfProduct / 2];
+using Sums = float[kColumnsOfHalf / 2];  // of a product; wgmma.cuh says what a thread has
 
 // By the factors of the two heads of a thread. Seldom by anything but one.
 __device__ __forceinline__ void rescale(Sums& sums, uint32_t factors) {
@@ -18,11 +16,8 @@ __device__ __forceinline__ void rescale(Sums& sums, uint32_t factors) {
   if (__any_sync(0xffffffffu, factors != kOnes)) {
     const float x = bfloat16_low(factors), y = bfloat16_high(factors);
 #pragma unroll
-    for (auto& product : sums) {
-#pragma unroll
-      for (int i = 0; i < kColumnsOfProduct / 2; ++i) {
-        product[i] *= i % 4 < 2 ? x : y;
-      }
+    for (int i = 0; i < kColumnsOfHalf / 2; ++i) {
+      sums[i] *= i % 4 < 2 ? x : y;
     }
   }
 }
@@ -34,11 +29,7 @@ __device__ __forceinline__ void start_values(Sums& sums, const Shared& shared, i
   wgmma_fence();
 #pragma unroll
   for (int key = 0; key < kTileKeys; key += 16) {
-#pragma unroll
-    for (int column = 0; column < kColumnsOfHalf; column += kColumnsOfProduct) {
-      multiply_bfloat16(sums[column / kColumnsOfProduct], at_column(weights, key),
-                        at_column(at_row(rows, key), column));
-    }
+    multiply_bfloat16(sums, at_column(weights, key), at_row(rows, key));
     if ((key + 16) % kKeysOfPart == 0) {
       wgmma_commit();
     }
@@ -50,7 +41,6 @@ __device__ __forceinline__ void start_values(Sums& sums, const Shared& shared, i
 __device__ __forceinline__ void store_sums(const Sums& sums, float2 factor, const SparseMlaArguments& p,
                                            const Work& work, int64_t first_row, bool is_split, int half, int warp,
                                            int lane) {
-  constexpr int kBlocks = kColumnsOfProduct / 8;  // of eight columns
   const int t = lane % 4;
 #pragma unroll
   for (int row_half = 0; row_half < 2; ++row_half) {
@@ -62,7 +52,7 @@ __device__ __forceinline__ void store_sums(const Sums& sums, float2 factor, cons
       auto* out = static_cast<float*>(p.out) + first + 2 * t;
 #pragma unroll
       for (int block = 0; block < kColumnsOfHalf / 8; ++block) {
-        const float* pair = &sums[block / kBlocks][block % kBlocks * 4 + 2 * row_half];
+        const float* pair = &sums[block * 4 + 2 * row_half];
         if (exists) {
           *reinterpret_cast<float2*>(out + block * 8) = make_float2(pair[0] * f, pair[1] * f);
         }
@@ -72,7 +62,7 @@ __device__ __forceinline__ void store_sums(const Sums& sums, float2 factor, cons
       auto* out = static_cast<__nv_bfloat16*>(p.out) + first + (is_odd ? 8 : 0) + t / 2 * 4;
 #pragma unroll
       for (int block = 0; block < kColumnsOfHalf / 8; block += 2) {
-        const float* pair = &sums[block / kBlocks][block % kBlocks * 4 + 2 * row_half];
+        const float* pair = &sums[block * 4 + 2 * row_half];
         const uint32_t own = pack_bfloat16(pair[0] * f, pair[1] * f);
         const uint32_t next = pack_bfloat16(pair[4] * f, pair[5] * f);
         const uint32_t other = __shfl_xor_sync(0xffffffffu, is_odd ? own : next, 1);

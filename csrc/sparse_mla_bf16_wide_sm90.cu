@@ -72,7 +72,7 @@ __device__ __forceinline__ void sum_works(Shared& shared, const SparseMlaArgumen
           wgmma_wait<1>();
           ring.replace_first(shared, p, num_splits);
         }
-        wgmma_wait<0>(sums[0], sums[1]);
+        wgmma_wait<0>(sums);
         if (!kCopyByParts) {
           ring.replace_first(shared, p, num_splits);
         }

@@ -170,7 +170,7 @@ inline void multiply_transposed_bfloat16(float (&sums)[32], const uint32_t (&a)[
   start_product<16>(sums, add, rows, [=](int column, int k) { return columns.k_major<uint16_t>(column, k); },
                     value_of_bfloat16);
 }
-inline void multiply_bfloat16(float (&sums)[64], uint64_t a, uint64_t b) {
+inline void multiply_bfloat16(float (&sums)[128], uint64_t a, uint64_t b) {
   emulator::exchange({});
   const Matrix rows = {current->block, a}, columns = {current->block, b};
   const int first = current->index / 32 % 4 * 16;
