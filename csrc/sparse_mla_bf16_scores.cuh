@@ -16,6 +16,7 @@ constexpr int kHeldSteps = kHeldColumns / 16;  // of products over 16 columns
 // But for the last columns, as each thread of a warpgroup holds them as operands.
 using Queries = uint32_t[kHeldSteps][4];
 using Scores = float[kTileKeys / 2];
+static_assert(kLastSteps >= 1 && kLastSteps <= kHeldSteps);
 
 // Of four matrices of eight rows and eight columns, which together are 16 rows of a warp by 16 columns, the row that a
 // lane names: as load_matrices gives operands of products, and store_matrices takes their sums.
