@@ -30,75 +30,76 @@ __device__ __forceinline__ void copy_panels(uint32_t panels, int first_byte, con
   }
 }
 
-// What is to be copied next. Of each work with keys, first the queries.
-class Source {
- public:
-  __device__ __forceinline__ Source(const SparseMlaArguments& p, int num_splits, int warp, int lane)
-      : index_(blockIdx.x),
-        row_in_tile_(lane / kRowsOfWarp % kParts * kKeysOfPart + warp * kRowsOfWarp + lane % kRowsOfWarp) {
-    open_work(p, num_splits);
+// The tile that is to be copied next, as a lane has it. Of each work with keys, queries are the first.
+struct Source {
+  const SparseMlaArguments& p;
+  int num_splits;
+  int index;  // of the work
+  int row_in_tile;
+  int tile = -1;  // of the queries
+  int num_keys = 0;
+  const int32_t* slots = nullptr;
+  int slot = 0;
+  int slot_ahead = 0;  // of what is fetched to the second-level cache next
+
+  __device__ __forceinline__ Source(const SparseMlaArguments& arguments, int splits, int warp, int lane)
+      : p(arguments),
+        num_splits(splits),
+        index(blockIdx.x),
+        row_in_tile(lane / kRowsOfWarp % kParts * kKeysOfPart + warp * kRowsOfWarp + lane % kRowsOfWarp) {
+    open_work();
   }
 
-  __device__ __forceinline__ bool has_tile(const SparseMlaArguments& p, int num_splits) const {
-    return index_ < num_works<1>(p, num_splits);
-  }
+  __device__ __forceinline__ bool has_tile() const { return index < num_works<1>(p, num_splits); }
 
-  // Of this lane; null if there is none. What the cache has past the last key may be NaN, so zeros are copied.
-  __device__ __forceinline__ const uint8_t* row(const SparseMlaArguments& p, int num_splits) const {
-    if (tile_ >= 0) {
-      return tile_ * kTileKeys + row_in_tile_ < num_keys_ ? row_of_slot<kLatentBf16Nbytes>(p, slot_) : nullptr;
+  // Null if there is none. What the cache has past the last key may be NaN, so zeros are copied.
+  __device__ __forceinline__ const uint8_t* row() const {
+    if (tile >= 0) {
+      return tile * kTileKeys + row_in_tile < num_keys ? row_of_slot<kLatentBf16Nbytes>(p, slot) : nullptr;
     }
-    const HeadTile<kTileHeads> heads(p, index_ / num_splits);
-    const int64_t row = static_cast<int64_t>(heads.token) * p.num_heads + heads.first_head + row_in_tile_;
-    return row_in_tile_ < heads.num_heads ? static_cast<const uint8_t*>(p.q) + row * kLatentBf16Nbytes : nullptr;
+    const HeadTile<kTileHeads> heads(p, index / num_splits);
+    const int64_t row = static_cast<int64_t>(heads.token) * p.num_heads + heads.first_head + row_in_tile;
+    return row_in_tile < heads.num_heads ? static_cast<const uint8_t*>(p.q) + row * kLatentBf16Nbytes : nullptr;
   }
 
   // Each half of the block fetches rows of one part.
-  __device__ __forceinline__ void next(const SparseMlaArguments& p, int num_splits, int half, int lane) {
-    ++tile_;
-    if (tile_ * kTileKeys >= num_keys_) {
-      index_ += gridDim.x;
-      open_work(p, num_splits);
+  __device__ __forceinline__ void next(int half, int lane) {
+    ++tile;
+    if (tile * kTileKeys >= num_keys) {
+      index += gridDim.x;
+      open_work();
       return;
     }
-    slot_ = load_slot(tile_);
+    slot = load_slot(tile);
     if (kTilesAhead > 0) {
-      const bool exists = (tile_ + kTilesAhead) * kTileKeys + row_in_tile_ < num_keys_;
+      const bool exists = (tile + kTilesAhead) * kTileKeys + row_in_tile < num_keys;
       if (lane / kRowsOfWarp == half && exists) {
-        prefetch_bulk(row_of_slot<kLatentBf16Nbytes>(p, slot_ahead_), kLatentBf16Nbytes);
+        prefetch_bulk(row_of_slot<kLatentBf16Nbytes>(p, slot_ahead), kLatentBf16Nbytes);
       }
-      slot_ahead_ = load_slot(tile_ + kTilesAhead + 1);
+      slot_ahead = load_slot(tile + kTilesAhead + 1);
     }
   }
 
- private:
-  __device__ __forceinline__ void open_work(const SparseMlaArguments& p, int num_splits) {
-    for (; has_tile(p, num_splits); index_ += gridDim.x) {
-      const Work work = work_of_index<1>(p, index_, num_splits);
+  // The first from this index on that has keys.
+  __device__ __forceinline__ void open_work() {
+    for (; has_tile(); index += gridDim.x) {
+      const Work work = work_of_index<1>(p, index, num_splits);
       if (work.num_tiles > 0) {
-        num_keys_ = work.num_keys;
-        slots_ = work.slots;
-        tile_ = -1;
+        num_keys = work.num_keys;
+        slots = work.slots;
+        tile = -1;
         if (kTilesAhead > 0) {
-          slot_ahead_ = load_slot(kTilesAhead);
+          slot_ahead = load_slot(kTilesAhead);
         }
         return;
       }
     }
   }
 
-  __device__ __forceinline__ int load_slot(int tile) const {
-    const int key = tile * kTileKeys + row_in_tile_;
-    return load_if(key < num_keys_, slots_ + key);
+  __device__ __forceinline__ int load_slot(int of_tile) const {
+    const int key = of_tile * kTileKeys + row_in_tile;
+    return load_if(key < num_keys, slots + key);
   }
-
-  int index_;
-  int row_in_tile_;
-  int tile_ = -1;  // of the queries
-  int num_keys_ = 0;
-  int slot_ = 0;
-  int slot_ahead_ = 0;  // of what is fetched to the second-level cache next
-  const int32_t* slots_ = nullptr;
 };
 
 }  // namespace dsv32::wide::bf16

@@ -84,8 +84,28 @@ __device__ __forceinline__ void start_scores(Scores& scores, const Queries& quer
   wgmma_commit();
 }
 
+// As a thread has it. Sums are divided by the sum of weights as they are after rounding to bfloat16, so that they stay
+// averages of rows: that of one row is the row.
+struct RoundedSoftmax : Softmax {
+  float2 rounded_total = make_float2(0.0f, 0.0f);
+
+  __device__ __forceinline__ float2 subtract(float2 x) {
+    const float2 factor = Softmax::subtract(x);
+    rounded_total.x *= factor.x, rounded_total.y *= factor.y;
+    return factor;
+  }
+
+  // Two weights of either head, and the same rounded.
+  __device__ __forceinline__ void add(float2 x, float2 y, uint32_t rounded_x, uint32_t rounded_y) {
+    total.x += x.x + x.y;
+    total.y += y.x + y.y;
+    rounded_total.x += bfloat16_low(rounded_x) + bfloat16_high(rounded_x);
+    rounded_total.y += bfloat16_low(rounded_y) + bfloat16_high(rounded_y);
+  }
+};
+
 // Turns scores of a tile into weights, in its stage. Before they are handed over, they are fenced.
-__device__ __forceinline__ void store_weights(Shared& shared, Softmax& softmax, Scores& scores, float scale_log2,
+__device__ __forceinline__ void store_weights(Shared& shared, RoundedSoftmax& softmax, Scores& scores, float scale_log2,
                                               int stage, int num_keys, int warp, int lane) {
 #pragma unroll
   for (int i = 0; i < kTileKeys / 2; ++i) {
@@ -112,13 +132,14 @@ __device__ __forceinline__ void store_weights(Shared& shared, Softmax& softmax, 
   uint32_t pairs[kTileKeys / 16][4];
 #pragma unroll
   for (int i = 0; i < kTileKeys / 2; i += 4) {
-    const float x0 = exp2_approximate(scores[i] - subtracted.x), x1 = exp2_approximate(scores[i + 1] - subtracted.x);
-    const float y0 = exp2_approximate(scores[i + 2] - subtracted.y);
-    const float y1 = exp2_approximate(scores[i + 3] - subtracted.y);
-    softmax.total.x += x0 + x1;
-    softmax.total.y += y0 + y1;
-    pairs[i / 8][i % 8 / 2] = pack_bfloat16(x0, x1);
-    pairs[i / 8][i % 8 / 2 + 1] = pack_bfloat16(y0, y1);
+    const float2 x = make_float2(exp2_approximate(scores[i] - subtracted.x),
+                                 exp2_approximate(scores[i + 1] - subtracted.x));
+    const float2 y = make_float2(exp2_approximate(scores[i + 2] - subtracted.y),
+                                 exp2_approximate(scores[i + 3] - subtracted.y));
+    uint32_t* pair = &pairs[i / 8][i % 8 / 2];
+    pair[0] = pack_bfloat16(x.x, x.y);
+    pair[1] = pack_bfloat16(y.x, y.y);
+    softmax.add(x, y, pair[0], pair[1]);
   }
   named_barrier(kScoreBarrier, kWarpgroup);  // no warp computes scores from what is rotated any more
   const uint32_t row = row_of_matrices(shared_address(shared.rows[stage][kRopePanel]), warp, lane);
@@ -136,7 +157,7 @@ __device__ __forceinline__ void hand_over_weights(Shared& shared, int stage, int
 }
 
 // At least one tile.
-__device__ __forceinline__ void score_tiles(Softmax& softmax, const Queries& queries, Turn<kStages>& turn,
+__device__ __forceinline__ void score_tiles(RoundedSoftmax& softmax, const Queries& queries, Turn<kStages>& turn,
                                             Shared& shared, float scale_log2, int num_keys, int warp, int lane) {
   Scores scores;
   int last_stage = -1;

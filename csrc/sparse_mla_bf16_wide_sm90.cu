@@ -24,7 +24,7 @@ __device__ __forceinline__ void score_works(Shared& shared, const SparseMlaArgum
   Turn<kStages> turn;
   Turn<1> normalisers;
   for (int index = blockIdx.x; index < num_works<1>(p, num_splits); index += gridDim.x) {
-    Softmax softmax;
+    RoundedSoftmax softmax;
     float2 total = make_float2(0.0f, 0.0f);
     const int num_keys = work_of_index<1>(p, index, num_splits).num_keys;
     if (num_keys > 0) {
@@ -35,9 +35,11 @@ __device__ __forceinline__ void score_works(Shared& shared, const SparseMlaArgum
       turn.next();
       score_tiles(softmax, queries, turn, shared, p.scale_log2, num_keys, warp, lane);
       total = softmax.total_of_heads();
+      const float2 rounded =
+          make_float2(sum_of_quad(softmax.rounded_total.x), sum_of_quad(softmax.rounded_total.y));
       mbarrier_wait(&shared.normalisers_free, normalisers.parity ^ 1);
       if (lane % 4 == 0) {
-        shared.normalisers[pair_of_heads(warp, lane)] = make_float2(normaliser(total.x), normaliser(total.y));
+        shared.normalisers[pair_of_heads(warp, lane)] = make_float2(normaliser(rounded.x), normaliser(rounded.y));
       }
       arrive_for_warp(lane, &shared.normalisers_full);
       normalisers.next();
@@ -60,23 +62,23 @@ __device__ __forceinline__ void sum_works(Shared& shared, const SparseMlaArgumen
     Sums sums = {};
     float2 factor = make_float2(0.0f, 0.0f);
     if (work.num_tiles > 0) {
-      ring.wait(shared);
-      ring.replace_first(shared, p, num_splits);
-      ring.replace_rest(shared, p, num_splits);
+      ring.wait();
+      ring.replace_first();
+      ring.replace_rest();
       for (int tile = 0; tile < work.num_tiles; ++tile) {
-        ring.wait(shared);
-        const int stage = ring.stage();
+        ring.wait();
+        const int stage = ring.turn.stage;
         rescale(sums, shared.factors[stage][pair_of_heads(warp, lane)]);
         start_values(sums, shared, stage, half);
         if (kCopyByParts) {
           wgmma_wait<1>();
-          ring.replace_first(shared, p, num_splits);
+          ring.replace_first();
         }
         wgmma_wait<0>(sums);
         if (!kCopyByParts) {
-          ring.replace_first(shared, p, num_splits);
+          ring.replace_first();
         }
-        ring.replace_rest(shared, p, num_splits);
+        ring.replace_rest();
       }
       mbarrier_wait(&shared.normalisers_full, normalisers.parity);
       normalisers.next();
