@@ -1,4 +1,4 @@
-// What the warps of a block for 64 heads and a cache in bfloat16 share: its sizes, its shared memory, and what is tuned.
+// What the warps of a block for 64 heads and a bfloat16 cache share: its sizes, its shared memory, and what is tuned.
 #pragma once
 
 #include "ptx.cuh"
@@ -17,8 +17,8 @@ constexpr bool kScoresFirst = true;
 constexpr int kLastSteps = 8;
 
 // How it is told that rows have been copied. By the copies themselves, as arrivals that the barrier expects (kCopies)
-// or in addition to those of warps (kCopiesAndWarps): who waits then fences for products to see rows. Or by threads that
-// have waited for a tile's copies, and fenced, once those of the next tile are on their way (kThreads).
+// or in addition to those of warps (kCopiesAndWarps): who waits then fences for products to see rows. Or by threads
+// that have waited for a tile's copies, and fenced, once those of the next tile are on their way (kThreads).
 enum class Arrival { kCopies, kCopiesAndWarps, kThreads };
 constexpr Arrival kArrival = Arrival::kCopies;
 

@@ -1,8 +1,8 @@
-// Copies of queries, and of rows of the cache, to shared memory: by the warpgroups that sum, which else wait for most of
-// the time, and who know when a stage is free.
+// Copies of queries, and of rows of the cache, to shared memory: by the warpgroups that sum, which else wait for most
+// of the time, and who know when a stage is free.
 //
-// Eight lanes copy 128 bytes of a row, chunks of 16, to one row of a panel. Each warp has eight rows of either part of a
-// tile; lane r of its first 16 knows where row r is.
+// Eight lanes copy 128 bytes of a row, chunks of 16, to one row of a panel. Each warp has eight rows of either part of
+// a tile; lane r of its first 16 knows where row r is.
 #pragma once
 
 #include "sparse_mla_bf16_block.cuh"

@@ -1,5 +1,5 @@
-// The ring of stages, as a warpgroup that sums goes round it: once it has done with a tile, it copies another one there,
-// three tiles on.
+// The ring of stages, as a warpgroup that sums goes round it: once it has done with a tile, it copies another one
+// there, three tiles on.
 #pragma once
 
 #include "sparse_mla_bf16_copy.cuh"

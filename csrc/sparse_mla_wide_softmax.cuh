@@ -1,4 +1,4 @@
-// The softmax of the two heads of a thread of a warpgroup that computes scores of 64 heads, on either format of the cache.
+// The softmax of the two heads of a thread, where a warpgroup computes scores of 64, on either format of the cache.
 #pragma once
 
 #include "ptx.cuh"

@@ -44,8 +44,8 @@ void wgmma_wait(Sums&... sums) {
   (give_back(sums), ...);
 }
 
-// A matrix in shared memory: "Matrix descriptor" and "Strides" of the manual, for the swizzle of 128 bytes; and for none
-// if it is K-major.
+// A matrix in shared memory: "Matrix descriptor" and "Strides" of the manual, for the swizzle of 128 bytes; and for
+// none if it is K-major.
 struct Matrix {
   const emulator::Block* block;
   uint64_t descriptor;
