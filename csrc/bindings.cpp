@@ -133,8 +133,9 @@ void index_logits(Tensor q, Tensor weights, Tensor cache, Tensor block_table, Te
   require(error == nullptr, op, ": ", error ? error : "");
 }
 
-// Of results, the caller says what they are like.
-SparseMlaArguments sparse_mla_arguments(const char* op, const Tensor& q, const Tensor& cache, const Tensor& topk_slot,
+// Of results, the caller says what they are like. The cache has rows of so many values of the type.
+SparseMlaArguments sparse_mla_arguments(const char* op, ScalarType cache_type, int64_t row_size, const Tensor& q,
+                                        const Tensor& cache, const Tensor& topk_slot,
                                         const Tensor& num_valid, double scale_log2, const Tensor& out,
                                         const Tensor& lse) {
   require(q.dim() == 3 && topk_slot.dim() == 2 && cache.dim() == 3, op,
@@ -145,12 +146,14 @@ SparseMlaArguments sparse_mla_arguments(const char* op, const Tensor& q, const T
   require_aligned(op, q.data_ptr(), "q");
   require_tensor(op, topk_slot, "topk_slot", ScalarType::Int, {num_tokens, num_slots});
   require_tensor(op, num_valid, "num_valid", ScalarType::Int, {num_tokens});
-  require(cache.is_cuda() && cache.scalar_type() == ScalarType::Byte && cache.size(2) == kLatentFp8Nbytes &&
-              cache.stride(2) == 1 && cache.stride(1) == kLatentFp8Nbytes,
-          op, ": cache: expected uint8 [num_blocks, block_size, ", kLatentFp8Nbytes, "] with dense rows");
+  require(cache.is_cuda() && cache.scalar_type() == cache_type && cache.size(2) == row_size && cache.stride(2) == 1 &&
+              cache.stride(1) == row_size,
+          op, ": cache: expected ", cache_type == ScalarType::Byte ? "uint8" : "bfloat16",
+          " [num_blocks, block_size, ", row_size, "] with dense rows");
   const auto rows = static_cast<const uint8_t*>(cache.data_ptr());
-  require(cache.stride(0) % 16 == 0 && reinterpret_cast<uintptr_t>(rows) % 16 == 0, op,
-          ": cache: expected pages at multiples of 16 bytes, got one every ", cache.stride(0));
+  const int64_t page_nbytes = cache.stride(0) * (cache_type == ScalarType::Byte ? 1 : 2);
+  require(page_nbytes % 16 == 0 && reinterpret_cast<uintptr_t>(rows) % 16 == 0, op,
+          ": cache: expected pages at multiples of 16 bytes, got one every ", page_nbytes);
   return {
       .q = q.data_ptr(),
       .cache = rows,
@@ -158,7 +161,7 @@ SparseMlaArguments sparse_mla_arguments(const char* op, const Tensor& q, const T
       .num_valid = static_cast<const int32_t*>(num_valid.data_ptr()),
       .out = out.data_ptr(),
       .lse = static_cast<float*>(lse.data_ptr()),
-      .page_nbytes = cache.stride(0),
+      .page_nbytes = page_nbytes,
       .scale_log2 = static_cast<float>(scale_log2),
       .num_tokens = static_cast<int>(num_tokens),
       .num_heads = static_cast<int>(num_heads),
@@ -172,7 +175,8 @@ void sparse_mla_fp8(Tensor q, Tensor cache, Tensor topk_slot, Tensor num_valid, 
   const char* op = "sparse_mla_fp8";
   require_splits(num_splits);
   const SparseMlaArguments arguments =
-      sparse_mla_arguments(op, q, cache, topk_slot, num_valid, scale_log2, out, lse);
+      sparse_mla_arguments(op, ScalarType::Byte, kLatentFp8Nbytes, q, cache, topk_slot, num_valid, scale_log2, out,
+                           lse);
   const int64_t num_tokens = q.size(0), num_heads = q.size(1);
   require_tensor(op, out, "out", ScalarType::BFloat16, {num_tokens, num_heads, kKvLoraRank});
   require_tensor(op, lse, "lse", ScalarType::Float, {num_tokens, num_heads});
@@ -185,13 +189,16 @@ void sparse_mla_fp8(Tensor q, Tensor cache, Tensor topk_slot, Tensor num_valid, 
   require(error == nullptr, op, ": ", error ? error : "");
 }
 
-void sparse_mla_fp8_wide(Tensor q, Tensor cache, Tensor topk_slot, Tensor num_valid, double scale_log2,
-                         int64_t num_splits, Tensor out, Tensor lse) {
-  const char* op = "sparse_mla_fp8_wide";
+using LaunchWide = const char* (*)(const SparseMlaArguments&, int, void*);
+
+void sparse_mla_wide(const char* op, LaunchWide launch, ScalarType cache_type, int64_t row_size, const Tensor& q,
+                     const Tensor& cache, const Tensor& topk_slot, const Tensor& num_valid, double scale_log2,
+                     int64_t num_splits, const Tensor& out, const Tensor& lse) {
   require(num_splits >= 1 && num_splits <= kMaxWideSplits, op, ": num_splits: expected 1 to ", kMaxWideSplits,
           ", got ", num_splits);
   const SparseMlaArguments arguments =
-      sparse_mla_arguments(op, q, cache, topk_slot, num_valid, scale_log2, out, lse);
+      sparse_mla_arguments(op, cache_type, row_size, q, cache, topk_slot, num_valid, scale_log2, out, lse);
+  require_aligned(op, q.data_ptr(), "q");
   const int64_t num_tokens = q.size(0), num_heads = q.size(1);
   if (num_splits == 1) {
     require_tensor(op, out, "out", ScalarType::BFloat16, {num_tokens, num_heads, kKvLoraRank});
@@ -204,9 +211,20 @@ void sparse_mla_fp8_wide(Tensor q, Tensor cache, Tensor topk_slot, Tensor num_va
     return;
   }
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  const char* error =
-      launch_sparse_mla_wide(arguments, static_cast<int>(num_splits), current_stream(q.get_device_index()));
+  const char* error = launch(arguments, static_cast<int>(num_splits), current_stream(q.get_device_index()));
   require(error == nullptr, op, ": ", error ? error : "");
+}
+
+void sparse_mla_fp8_wide(Tensor q, Tensor cache, Tensor topk_slot, Tensor num_valid, double scale_log2,
+                         int64_t num_splits, Tensor out, Tensor lse) {
+  sparse_mla_wide("sparse_mla_fp8_wide", launch_sparse_mla_wide, ScalarType::Byte, kLatentFp8Nbytes, q, cache,
+                  topk_slot, num_valid, scale_log2, num_splits, out, lse);
+}
+
+void sparse_mla_bf16_wide(Tensor q, Tensor cache, Tensor topk_slot, Tensor num_valid, double scale_log2,
+                          int64_t num_splits, Tensor out, Tensor lse) {
+  sparse_mla_wide("sparse_mla_bf16_wide", launch_sparse_mla_bf16_wide, ScalarType::BFloat16, kLatentDim, q, cache,
+                  topk_slot, num_valid, scale_log2, num_splits, out, lse);
 }
 
 // Of the current device.
@@ -282,6 +300,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_dsv32, library) {
   library.def(
       "sparse_mla_fp8_wide(Tensor q, Tensor cache, Tensor topk_slot, Tensor num_valid, float scale_log2, "
       "int num_splits, Tensor(a!) out, Tensor(b!) lse) -> ()");
+  library.def(
+      "sparse_mla_bf16_wide(Tensor q, Tensor cache, Tensor topk_slot, Tensor num_valid, float scale_log2, "
+      "int num_splits, Tensor(a!) out, Tensor(b!) lse) -> ()");
   library.def("sparse_mla_fp8_concurrency(int num_splits) -> int");
   library.def(
       "topk_select(Tensor logits, Tensor num_keys, Tensor request_ids, Tensor block_table, int block_size, "
@@ -293,6 +314,7 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_dsv32, CUDA, library) {
   library.impl("index_logits", TORCH_BOX(&index_logits));
   library.impl("sparse_mla_fp8", TORCH_BOX(&sparse_mla_fp8));
   library.impl("sparse_mla_fp8_wide", TORCH_BOX(&sparse_mla_fp8_wide));
+  library.impl("sparse_mla_bf16_wide", TORCH_BOX(&sparse_mla_bf16_wide));
   library.impl("topk_select", TORCH_BOX(&topk_select));
 }
 

@@ -17,7 +17,13 @@ __all__ = ["KERNEL_OPTIONS", "LIBRARY_NAME", "build", "find_nvcc"]
 LIBRARY_NAME = "libvllm_dsv32_sm90.so"
 _SOURCES = Path(__file__).resolve().parent
 _PACKAGE = _SOURCES.parent / "vllm_dsv32"
-_KERNELS = ("index_logits_sm90", "sparse_mla_sm90", "sparse_mla_wide_sm90", "topk_select_sm90")
+_KERNELS = (
+    "index_logits_sm90",
+    "sparse_mla_sm90",
+    "sparse_mla_wide_sm90",
+    "sparse_mla_bf16_wide_sm90",
+    "topk_select_sm90",
+)
 _SM90 = "-gencode=arch=compute_90a,code=sm_90a"
 _OPTIONS = ("-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden")
 KERNEL_OPTIONS = (*_OPTIONS, _SM90)

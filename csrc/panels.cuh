@@ -33,6 +33,15 @@ __device__ __forceinline__ uint64_t at_column(uint64_t columns, int column) {
 // Within a panel.
 __device__ __forceinline__ uint64_t at_byte(uint64_t columns, int byte) { return columns + byte / 16; }
 
+// 16 columns of 64 rows alone, not in a panel: eight rows of either chunk are 128 bytes, one after the other.
+__device__ __forceinline__ uint32_t step_chunk_offset(int row, int chunk) {
+  return (row / 8 * 2 + chunk) * 128 + row % 8 * 16;
+}
+__device__ __forceinline__ uint64_t describe_step(uint32_t address) {
+  constexpr uint64_t kChunkStride = 128 / 16, kRowsStride = 2 * 128 / 16;
+  return (address >> 4 & 0x3fff) | kChunkStride << 16 | kRowsStride << 32;
+}
+
 // All columns of 16 rows.
 __device__ __forceinline__ uint64_t describe_rows(uint32_t panels) { return describe(panels, kPanelNbytes / 16); }
 __device__ __forceinline__ uint64_t at_row(uint64_t rows, int row) { return rows + row * 128 / 16; }

@@ -81,6 +81,33 @@ __device__ __forceinline__ void copy_bulk(void* shared, const void* global, int 
                : "memory");
 }
 
+// Of 16 bytes, in the background; zeros where not wanted. Products of warpgroups see them after fence_async_proxy, by a
+// thread that knows that they are there.
+__device__ __forceinline__ void copy_chunk_if(bool wanted, uint32_t address, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(__cvta_generic_to_global(global)),
+               "r"(wanted ? 16 : 0)
+               : "memory");
+}
+
+// Arrives once what this thread has copied so far by chunks is there: one of the arrivals that the barrier expects.
+__device__ __forceinline__ void mbarrier_arrive_after_chunks(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// As above, but has the phase expect an arrival more first.
+__device__ __forceinline__ void mbarrier_expect_chunks(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Chunks since the last commit are a group.
+__device__ __forceinline__ void commit_chunks() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Returns when all groups but the last few are there.
+template <int kGroupsLeft>
+__device__ __forceinline__ void wait_for_chunks() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroupsLeft) : "memory");
+}
+
 // Orders what this thread has written to shared memory before later copies to it, and before products of warpgroups
 // that read it. For the thread that wrote, before it tells others.
 __device__ __forceinline__ void fence_async_proxy() {
@@ -124,9 +151,25 @@ __device__ __forceinline__ uint4 load_quad_if(bool wanted, const void* global) {
   return x;
 }
 
+// From shared memory, at a multiple of 16.
+__device__ __forceinline__ uint4 load_chunk(uint32_t address) {
+  uint4 x;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
+}
+
 // To the second-level cache.
 __device__ __forceinline__ void prefetch(const void* global) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(global)) : "memory");
+}
+
+// As above, of so many bytes; that and the address are multiples of 16.
+__device__ __forceinline__ void prefetch_bulk(const void* global, int nbytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(global)), "r"(nbytes)
+               : "memory");
 }
 
 // ---- stores -----------------------------------------------------------------------------------------------------
@@ -151,7 +194,14 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t address
                : "r"(address));
 }
 
-// As above, but lane 4 g + t receives the two bytes 2 g of row 2 t, and above them those of row 2 t + 1.
+// The other way about.
+__device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]), "r"(r[1]),
+               "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
+// As load_matrices, but lane 4 g + t receives the two bytes 2 g of row 2 t, and above them those of row 2 t + 1.
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

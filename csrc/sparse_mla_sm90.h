@@ -7,7 +7,7 @@ namespace dsv32 {
 
 struct SparseMlaArguments {
   const void* q;                // bfloat16 [num_tokens, num_heads, 576]
-  const uint8_t* cache;         // fp8_ds_mla rows, page after page
+  const uint8_t* cache;         // rows in fp8_ds_mla or in bfloat16, page after page
   const int32_t* topk_slot;     // [num_tokens, num_slots]
   const int32_t* num_valid;     // [num_tokens]
   void* out;                    // bfloat16 [num_tokens, num_heads, 512]
@@ -32,5 +32,7 @@ const char* count_sparse_mla_clusters(int num_splits, int* count);
 // belongs to splits without keys is not written.
 constexpr int kMaxWideSplits = 32;
 const char* launch_sparse_mla_wide(const SparseMlaArguments& arguments, int num_splits, void* stream);
+// The same of a cache in bfloat16.
+const char* launch_sparse_mla_bf16_wide(const SparseMlaArguments& arguments, int num_splits, void* stream);
 
 }  // namespace dsv32

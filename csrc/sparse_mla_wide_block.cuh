@@ -3,13 +3,10 @@
 
 #include "panels.cuh"
 #include "ptx.cuh"
-#include "sparse_mla_work.cuh"
+#include "sparse_mla_wide_work.cuh"
 #include "warp_barriers.cuh"
 
 namespace dsv32::wide {
-
-constexpr int kTileHeads = 64;  // of a block: the rows of both products
-static_assert(kTileHeads == kPanelRows && kTileKeys == kPanelRows);
 
 constexpr int kWarpgroup = 128;
 constexpr int kNumThreads = 3 * kWarpgroup;
@@ -53,12 +50,6 @@ struct Shared {
 };
 static_assert(sizeof(Shared) <= 227 * 1024);
 
-// Two blocks of a cluster have the same token and split, and heads each of its own: they decode rows for both.
-template <int kBlocks>
-__device__ __forceinline__ int rank_in_cluster() {
-  return blockIdx.x % kBlocks;
-}
-
 template <int kHalf, int kBlocks>
 __device__ __forceinline__ void wait_for_rows(Shared& shared, const Turn<kStages>& turn) {
   mbarrier_wait(&shared.rows_full[turn.stage][kHalf], turn.parity);
@@ -76,25 +67,5 @@ __device__ __forceinline__ void free_rows(Shared& shared, int stage, int lane) {
     arrive_for_warp_in_cluster<kBlocks>(lane, barrier);
   }
 }
-
-// The part of the problem that a block computes at a time: a split of the keys of a token, as keys_of_split of
-// vllm_dsv32/kernels/sparse_mla_join_triton.py has it.
-struct Work : HeadTile<kTileHeads> {
-  int num_keys;  // of the split
-  int num_tiles;
-  const int32_t* slots;  // of these keys
-
-  __device__ __forceinline__ Work(const SparseMlaArguments& p, int index, int split, int num_splits)
-      : HeadTile(p, index) {
-    const int num_valid = max(0, min(p.num_valid[token], p.num_slots));
-    // Whole tiles, at least one, so that few keys leave splits empty.
-    const int keys_of_split = (num_valid + num_splits - 1) / num_splits;
-    const int tiles_of_split = max(1, (keys_of_split + kTileKeys - 1) / kTileKeys);
-    const int begin = split * tiles_of_split * kTileKeys;
-    num_keys = max(0, min(tiles_of_split * kTileKeys, num_valid - begin));
-    num_tiles = (num_keys + kTileKeys - 1) / kTileKeys;
-    slots = p.topk_slot + static_cast<int64_t>(token) * p.num_slots + begin;
-  }
-};
 
 }  // namespace dsv32::wide

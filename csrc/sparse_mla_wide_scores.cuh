@@ -6,6 +6,7 @@
 
 #include "sparse_mla_wide_block.cuh"
 #include "sparse_mla_wide_scales.cuh"
+#include "sparse_mla_wide_softmax.cuh"
 #include "sparse_mla_wide_values.cuh"
 #include "wgmma.cuh"
 
@@ -17,13 +18,6 @@ struct ScoreTurns {
   Turn<kStages> rows;
   Turn<1> weights;
   Turn<1> queries;
-};
-
-// Of the two heads of a thread: what was subtracted from scores to make weights, and of its own keys alone the sum of
-// their weights.
-struct Softmax {
-  float2 subtracted = make_float2(-INFINITY, -INFINITY);
-  float2 total = make_float2(0.0f, 0.0f);
 };
 
 // Starts the products of a tile, a group of their own. The right half comes first: it is the first to be there.
@@ -52,16 +46,6 @@ __device__ __forceinline__ void start_scores(Scores& latent, Scores& rope, Share
   wgmma_commit();
 }
 
-__device__ __forceinline__ float max_of_quad(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-
-__device__ __forceinline__ float sum_of_quad(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-
 __device__ __forceinline__ void wait_to_hand_over(Shared& shared, const Turn<1>& turn) {
   mbarrier_wait(&shared.weights_free, turn.parity ^ 1);
 }
@@ -81,10 +65,7 @@ __device__ __forceinline__ void hand_over_factors(Shared& shared, Turn<1>& turn,
 // moved when it would be more than 2^15.9. Maxima move in many tiles, but seldom by so much. In float16, weights have
 // 11 bits down to 2^-14, which is at most 2^-26 of the greatest.
 constexpr float kLog2OfGreatestWeight = 12.0f;
-__device__ __forceinline__ float grown(float subtracted, float candidate) {
-  constexpr float kSlack = 3.9f;
-  return candidate > subtracted + kSlack ? candidate : subtracted;
-}
+constexpr float kSlack = 3.9f;
 
 // Turns scores of a tile, of two parts, into weights and hands them over; returns by what the sums so far are to be
 // multiplied. back: what undoes the factors of queries.
@@ -114,12 +95,9 @@ __device__ __forceinline__ float2 hand_over_weights(Shared& shared, Turn<1>& tur
     highest.y = fmaxf(highest.y, fmaxf(scores[i + 2], scores[i + 3]));
   }
   const float2 last = softmax.subtracted;
-  const float2 subtracted = make_float2(grown(last.x, max_of_quad(highest.x) - kLog2OfGreatestWeight),
-                                        grown(last.y, max_of_quad(highest.y) - kLog2OfGreatestWeight));
-  const float2 factor =
-      make_float2(exp2_approximate(last.x - subtracted.x), exp2_approximate(last.y - subtracted.y));
-  softmax.subtracted = subtracted;
-  softmax.total.x *= factor.x, softmax.total.y *= factor.y;
+  const float2 subtracted = make_float2(grown(last.x, max_of_quad(highest.x) - kLog2OfGreatestWeight, kSlack),
+                                        grown(last.y, max_of_quad(highest.y) - kLog2OfGreatestWeight, kSlack));
+  const float2 factor = softmax.subtract(subtracted);
   wait_to_hand_over(shared, turn);
 #pragma unroll
   for (int step = 0; step < kValueSteps; ++step) {

@@ -21,19 +21,6 @@ namespace dsv32 {
 namespace wide {
 namespace {
 
-// The works of a block, those of its cluster: one after the other, so that rows of the next one are decoded while the last one is stored.
-template <int kBlocks, class Compute>
-__device__ __forceinline__ void for_each_work(const SparseMlaArguments& p, int num_splits, Compute compute) {
-  const int num_works = p.num_tokens * num_head_tiles(p.num_heads, kTileHeads) / kBlocks * num_splits;
-  for (int index = blockIdx.x / kBlocks; index < num_works; index += gridDim.x / kBlocks) {
-    const int split = index % num_splits;
-    const Work work(p, index / num_splits * kBlocks + rank_in_cluster<kBlocks>(), split, num_splits);
-    // Of what is given out: tokens, splits, heads.
-    const int64_t first_row = (static_cast<int64_t>(work.token) * num_splits + split) * p.num_heads + work.first_head;
-    compute(work, first_row);
-  }
-}
-
 template <int kBlocks>
 __device__ __forceinline__ void score_works(Shared& shared, const SparseMlaArguments& p, int num_splits) {
   const int warp = warp_of_thread() % 4, lane = threadIdx.x % 32;
@@ -47,7 +34,7 @@ __device__ __forceinline__ void score_works(Shared& shared, const SparseMlaArgum
     if (work.num_tiles > 0) {
       score_tiles<kBlocks>(sums, softmax, turns, shared, p, work, back, warp * 32 + lane);
     }
-    const float2 total = make_float2(sum_of_quad(softmax.total.x), sum_of_quad(softmax.total.y));
+    const float2 total = softmax.total_of_heads();
     const float2 factor = make_float2(normaliser(total.x), normaliser(total.y));
     wait_to_hand_over(shared, turns.weights);
     hand_over_factors(shared, turns.weights, factor, warp * 32 + lane);
@@ -56,14 +43,7 @@ __device__ __forceinline__ void score_works(Shared& shared, const SparseMlaArgum
       return;
     }
     store_sums<kLeft>(sums, factor, p, work, first_row, is_split, warp, lane);
-    const int head = warp * 16 + lane / 4;
-    const float base = is_split ? 1.0f : kLn2;
-    if (lane % 4 == 0 && head < work.num_heads) {
-      p.lse[first_row + head] = lse_log2(softmax.subtracted.x, total.x) * base;
-    }
-    if (lane % 4 == 0 && head + 8 < work.num_heads) {
-      p.lse[first_row + head + 8] = lse_log2(softmax.subtracted.y, total.y) * base;
-    }
+    store_lse(softmax, total, p, work, first_row, is_split, warp, lane);
   });
 }
 

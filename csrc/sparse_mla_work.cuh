@@ -30,10 +30,11 @@ struct HeadTile {
   }
 };
 
+template <int kRowNbytes = kLatentFp8Nbytes>
 __device__ __forceinline__ const uint8_t* row_of_slot(const SparseMlaArguments& p, int slot) {
   const unsigned block = static_cast<unsigned>(slot) / static_cast<unsigned>(p.block_size);
   const unsigned offset = slot - block * p.block_size;
-  return p.cache + block * p.page_nbytes + offset * kLatentFp8Nbytes;
+  return p.cache + block * p.page_nbytes + offset * kRowNbytes;
 }
 
 }  // namespace dsv32

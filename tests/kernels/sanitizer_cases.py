@@ -19,10 +19,12 @@ from vllm_dsv32.kernels import (
 )
 
 
-def attend(num_heads, num_valid, num_slots):
-    q, cache, *rest, scale = sparse_mla_cuda_cases.problem(num_heads, num_valid, num_slots, 2048)
+def attend(num_heads, num_valid, num_slots, cache_format="fp8_ds_mla"):
+    q, cache, *rest, scale = sparse_mla_cuda_cases.problem(
+        num_heads, num_valid, num_slots, 2048, cache_format=cache_format
+    )
     got = sparse_mla_cuda.sparse_mla(*map(cuda_copy, (q, cache, *rest)), scale)
-    is_rounded = num_heads > sparse_mla_cuda.MAX_HEADS
+    is_rounded = cache_format == "fp8_ds_mla" and num_heads > sparse_mla_cuda.MAX_HEADS
     rows = sparse_mla_cuda_cases.rounded_to_float16(cache) if is_rounded else cache
     wanted = sparse_mla.reference(q.float(), rows, *rest, scale)
     sparse_mla_cuda_cases.assert_near([x.cpu() for x in got], wanted)
@@ -39,6 +41,12 @@ def run_sparse_mla_wide():
     attend(64, [0, 1, 65, 300], 512)
     attend(128, [200], 512)
     attend(100, [130, 64], 192)
+
+
+def run_sparse_mla_bf16_wide():
+    attend(64, [0, 1, 65, 300], 512, "bfloat16")
+    attend(128, [200], 512, "bfloat16")
+    attend(100, [130, 64] * 70, 192, "bfloat16")  # more work than blocks
 
 
 def run_topk_select():
@@ -76,6 +84,7 @@ RUNS = {
     "index_logits": run_index_logits,
     "sparse_mla": run_sparse_mla,
     "sparse_mla_wide": run_sparse_mla_wide,
+    "sparse_mla_bf16_wide": run_sparse_mla_bf16_wide,
     "topk_select": run_topk_select,
 }
 

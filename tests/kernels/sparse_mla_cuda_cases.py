@@ -19,7 +19,7 @@ needs_hopper = pytest.mark.skipif(
 needs_library = pytest.mark.skipif(cuda_library.refusal() is not None, reason=str(cuda_library.refusal()))
 
 
-def problem(num_heads, num_valid, num_slots, num_rows, block_size=64, device="cpu"):
+def problem(num_heads, num_valid, num_slots, num_rows, block_size=64, device="cpu", cache_format="fp8_ds_mla"):
     """Rows that no token selects are NaN, and slots past the count point out of the cache."""
     torch.manual_seed(1)
     valid = torch.tensor(num_valid, dtype=torch.int32)
@@ -27,11 +27,16 @@ def problem(num_heads, num_valid, num_slots, num_rows, block_size=64, device="cp
     for token, count in enumerate(num_valid):
         slots[token, count:] = 2**31 - 1
     used = slots[slots < num_rows].unique().long()
-    cache = latent_cache(-(-num_rows // block_size), block_size, "fp8_ds_mla", gap_nbytes=64)
-    views, at = latent_fp8_views(cache), (used // block_size, used % block_size)
-    views.nope_fp8.view(torch.uint8)[at] = torch.randn(len(used), 512).to(torch.float8_e4m3fn).view(torch.uint8)
-    views.nope_scale[at] = torch.tensor([0.1, 1.0, 0.03, 0.5]) * (0.5 + torch.rand(len(used), 4))
-    views.rope[at] = torch.randn(len(used), 64).bfloat16()
+    cache = latent_cache(-(-num_rows // block_size), block_size, cache_format, gap_nbytes=64)
+    at = (used // block_size, used % block_size)
+    if cache_format == "fp8_ds_mla":
+        views = latent_fp8_views(cache)
+        codes = torch.randn(len(used), 512).to(torch.float8_e4m3fn)
+        views.nope_fp8.view(torch.uint8)[at] = codes.view(torch.uint8)
+        views.nope_scale[at] = torch.tensor([0.1, 1.0, 0.03, 0.5]) * (0.5 + torch.rand(len(used), 4))
+        views.rope[at] = torch.randn(len(used), 64).bfloat16()
+    else:
+        cache[at] = torch.randn(len(used), 576).to(cache.dtype)
     q = torch.randn(len(num_valid), num_heads, 576).bfloat16()
     q[-1] *= 20  # a softmax of few keys, whose maximum moves
     return *(x.to(device) for x in (q, cache, slots, valid)), SCALE
@@ -83,7 +88,7 @@ def kernel_on_cpu(name, directory, *options):
         tensors = (q, cache, slots, valid, out, lse)
         arguments = Arguments(
             *(x.data_ptr() for x in tensors),
-            cache.stride(0),
+            cache.stride(0) * cache.element_size(),
             scale * LOG2_E,
             *(q.shape[0], q.shape[1], slots.shape[1], cache.shape[1]),
         )

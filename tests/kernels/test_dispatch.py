@@ -133,6 +133,15 @@ CUDA = {
 }
 
 
+@pytest.mark.parametrize(
+    ("num_heads", "name"), [(16, "gluon"), (32, "gluon"), (33, "cuda"), (64, "cuda"), (128, "cuda")]
+)
+def test_which_kernel_reads_a_bfloat16_cache_where_all_were_built(monkeypatch, num_heads, name):
+    monkeypatch.setattr(cuda_library, "refusal", lambda: None)
+    problem = replace(ON_A_GPU, num_heads=num_heads)
+    assert select_kernels(problem).names["sparse_mla"] == name
+
+
 @pytest.mark.parametrize("operation", CUDA)
 @pytest.mark.parametrize("reason", [None, "needs the library"])
 def test_cuda_kernels_come_first_where_they_were_built(monkeypatch, operation, reason):
@@ -153,7 +162,12 @@ def test_cuda_kernels_come_first_where_they_were_built(monkeypatch, operation, r
         ("topk_select", {"capability": (10, 0)}, "takes compute capability 9.0, got 10.0"),
         ("topk_select", {"topk": 2049}, "takes a top-k of at most 2048, got 2049"),
         ("sparse_mla", {"capability": (8, 0)}, "takes compute capability 9.0, got 8.0"),
-        ("sparse_mla", {"cache_format": "auto"}, "takes the cache format fp8_ds_mla, got auto"),
+        ("sparse_mla", {"cache_format": "fp8_e5m2"}, "takes the cache formats auto and fp8_ds_mla, got fp8_e5m2"),
+        (
+            "sparse_mla",
+            {"cache_format": "auto", "num_heads": 32},
+            "takes 33 heads and more with the cache format auto, got 32",
+        ),
         ("sparse_mla", {"dtype": torch.float32}, "takes models in bfloat16, got torch.float32"),
     ],
 )

@@ -108,11 +108,13 @@ def test_a_library_that_is_none(tmp_path):
     assert "cannot be loaded" in cuda_library.refusal(path)
 
 
-@pytest.mark.parametrize("name", ["sparse_mla_fp8", "sparse_mla_fp8_wide"])
+@pytest.mark.parametrize("name", ["sparse_mla_fp8", "sparse_mla_fp8_wide", "sparse_mla_bf16_wide"])
 @needs_library
 def test_nothing_is_run_on_tensors_without_memory(name):
     q = torch.empty(3, 16, 576, dtype=torch.bfloat16, device="meta")
     cache = torch.empty(4, 64, 656, dtype=torch.uint8, device="meta")
+    if "bf16" in name:
+        cache = torch.empty(4, 64, 576, dtype=torch.bfloat16, device="meta")
     slots = torch.empty(3, 128, dtype=torch.int32, device="meta")
     out, lse = torch.empty_like(q[..., :512]), torch.empty(3, 16, device="meta")
     operator = getattr(torch.ops.vllm_dsv32, name)
@@ -126,7 +128,17 @@ def test_nothing_is_run_on_tensors_without_memory(name):
         (
             torch.zeros(1, 4, 576).bfloat16(),
             torch.zeros(1, 16, 576),
-            "takes a cache in fp8_ds_mla, got torch.float32",
+            "takes a cache in fp8_ds_mla, or in bfloat16 with more than 32 heads, got torch.float32 with 4;",
+        ),
+        (
+            torch.zeros(1, 32, 576).bfloat16(),
+            torch.zeros(1, 16, 576).bfloat16(),
+            "got torch.bfloat16 with 32; choose gluon",
+        ),
+        (
+            torch.zeros(1, 33, 576).bfloat16(),
+            torch.zeros(2 * (16 * 576 + 4)).bfloat16().as_strided((2, 16, 576), (16 * 576 + 4, 576, 1)),
+            "expected pages at multiples of 16 bytes, got one every 18440",
         ),
         (
             torch.zeros(1, 4, 576).bfloat16(),

@@ -126,5 +126,6 @@ def test_which_kernel_reads_an_fp8_cache_where_none_was_built(num_heads, name, m
 
 
 @pytest.mark.parametrize("num_heads", [8, 24, 32, 48, 64, 96, 128])
-def test_which_kernel_reads_a_bfloat16_cache(num_heads):
+def test_which_kernel_reads_a_bfloat16_cache_where_none_was_built(monkeypatch, num_heads):
+    monkeypatch.setattr(cuda_library, "refusal", lambda: "was not built")
     assert select_kernels(replace(PROBLEM, num_heads=num_heads)).names["sparse_mla"] == "gluon"

@@ -65,13 +65,13 @@ def prepare(kernels: KernelSet, problem: Problem, num_tokens: int) -> None:
     )
 
 
-@pytest.mark.parametrize("cache_format", ["auto", "fp8_ds_mla"])
-def test_nothing_is_compiled_while_serving(monkeypatch, cache_format):
+@pytest.mark.parametrize(("cache_format", "num_heads"), [("auto", 16), ("fp8_ds_mla", 16), ("auto", 128)])
+def test_nothing_is_compiled_while_serving(monkeypatch, cache_format, num_heads):
     problem = replace(
         PROBLEM,
         capability=torch.cuda.get_device_capability(),
         cache_format=cache_format,
-        num_heads=16,
+        num_heads=num_heads,
         num_index_heads=64,
         topk=2048,
     )

@@ -26,7 +26,13 @@ def refusal(path: Path = _PATH) -> str | None:
         torch.ops.load_library(path)
     except OSError as error:
         return f"{path} cannot be loaded (torch {torch.__version__}): {error}; {_REMEDY}"
-    for operator in ("index_logits", "sparse_mla_fp8", "sparse_mla_fp8_wide", "topk_select"):
+    for operator in (
+        "index_logits",
+        "sparse_mla_fp8",
+        "sparse_mla_fp8_wide",
+        "sparse_mla_bf16_wide",
+        "topk_select",
+    ):
         torch.library.register_fake(f"vllm_dsv32::{operator}", _writes_its_arguments)
     return None
 

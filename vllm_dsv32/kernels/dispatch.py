@@ -192,11 +192,17 @@ def _cuda_topk_refuses(problem: Problem) -> Refusal:
     return _library_kernel_refuses(problem)
 
 
+_CUDA_BFLOAT16_HEADS = 33
+"""With a bfloat16 cache there is a kernel for so many heads and more."""
+
+
 def _cuda_attention_refuses(problem: Problem) -> Refusal:
-    if problem.cache_format != FP8_DS_MLA:
-        return f"takes the cache format {FP8_DS_MLA}, got {problem.cache_format}"
+    if problem.cache_format not in ("auto", FP8_DS_MLA):
+        return f"takes the cache formats auto and {FP8_DS_MLA}, got {problem.cache_format}"
     if problem.dtype != torch.bfloat16:
         return f"takes models in bfloat16, got {problem.dtype}"
+    if problem.cache_format == "auto" and problem.num_heads < _CUDA_BFLOAT16_HEADS:
+        return f"takes {_CUDA_BFLOAT16_HEADS} heads and more with the cache format auto, got {problem.num_heads}"
     return _library_kernel_refuses(problem)
 
 

@@ -1,15 +1,16 @@
-"""Operation ``sparse_mla`` for SM 90 in CUDA C++: bfloat16 queries, an ``fp8_ds_mla`` cache.
+"""Operation ``sparse_mla`` for SM 90 in CUDA C++: bfloat16 queries, an fp8 cache or, from 33 heads on, either.
 
-A block attends a share of the keys of one token for 16 heads. The shares of a token are the blocks of a cluster,
-which join their results in each other's shared memory: no launch for that, no counters, the same sums every time.
-More heads are more blocks, each of which reads the rows; from 33 on they are for another kernel.
+With an ``fp8_ds_mla`` cache a block attends a share of the keys of one token for 16 heads. The shares of a token
+are the blocks of a cluster, which join their results in each other's shared memory: no launch for that, no
+counters, the same sums every time. More heads are more blocks, each of which reads the rows; from 33 on they are
+for other kernels, one for each format of the cache.
 """
 
 from functools import cache
 
 import torch
 
-from vllm_dsv32.kernels import cuda_library, sparse_mla_cuda_wide
+from vllm_dsv32.kernels import cuda_library, sparse_mla_cuda_bf16_wide, sparse_mla_cuda_wide
 from vllm_dsv32.layout import KV_LORA_RANK, is_fp8_ds_mla
 
 __all__ = ["HEADS", "KEYS", "MAX_HEADS", "SPLITS", "launches", "sparse_mla"]
@@ -19,7 +20,7 @@ HEADS = 16
 KEYS = 64
 """Of a tile."""
 MAX_HEADS = 32
-"""Beyond, blocks that read the same rows take longer than one that holds more heads: sparse_mla_cuda_wide."""
+"""Beyond, blocks that read the same rows take longer than one that holds more heads: sparse_mla_cuda_splits."""
 SPLITS = (1, 2, 3, 4, 5, 6, 8, 16)
 """Blocks of a cluster: kSplitCounts of csrc/sparse_mla_sm90.h. With powers of two alone, 16 or 32 clusters would
 leave half of the processors idle. More than eight blocks need the GPU's leave, which SM 90 gives."""
@@ -42,24 +43,31 @@ def sparse_mla(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`vllm_dsv32.kernels.sparse_mla.reference`.
 
-    Products are of float16, but for the rotary part. Queries are exact, but for those below ``2**-31`` of the
-    greatest of their head: these are off by at most ``2**-39`` of it. A key's weight, times the scale of a
-    group, is rounded to float16: to 11 bits down to ``2**-26`` of the greatest such product of the head and
-    the token's keys, to fewer below. With more than 32 heads that is its weight times a power of two near the
-    greatest scale, and rows are rounded: :mod:`vllm_dsv32.kernels.sparse_mla_cuda_wide` says how. An infinite
-    query, a NaN in a row, and scores or scales beyond the range of float32 give NaN.
+    With a bfloat16 cache, weights are rounded to bfloat16. With an fp8 cache products are of float16, but for
+    the rotary part. Queries are exact, but for those below ``2**-31`` of the greatest of their head: these are
+    off by at most ``2**-39`` of it. A key's weight, times the scale of a group, is rounded to float16: to 11
+    bits down to ``2**-26`` of the greatest such product of the head and the token's keys, to fewer below. With
+    more than 32 heads that is its weight times a power of two near the greatest scale, and rows are rounded:
+    :mod:`vllm_dsv32.kernels.sparse_mla_cuda_wide` says how. With either, an infinite query, a NaN in a row, and
+    scores or scales beyond the range of float32 give NaN.
 
     Raises:
-        ValueError: queries or a cache of another type; or pages that are not aligned.
+        ValueError: queries or a cache of another type, or a bfloat16 cache with up to 32 heads; or pages that are
+            not aligned.
         RuntimeError: the library was not built.
     """
     num_tokens, num_heads, _ = q.shape
     if q.dtype != torch.bfloat16:
         raise ValueError(f"sparse_mla in CUDA takes queries in bfloat16, got {q.dtype}; choose triton")
-    if not is_fp8_ds_mla(cache):
-        raise ValueError(f"sparse_mla in CUDA takes a cache in fp8_ds_mla, got {cache.dtype}; choose gluon")
-    if cache.stride(0) % 16:
-        raise ValueError(f"latent cache: expected pages at multiples of 16 bytes, got one every {cache.stride(0)}")
+    is_fp8 = is_fp8_ds_mla(cache)
+    if not is_fp8 and (cache.dtype != torch.bfloat16 or num_heads <= MAX_HEADS):
+        raise ValueError(
+            f"sparse_mla in CUDA takes a cache in fp8_ds_mla, or in bfloat16 with more than {MAX_HEADS} heads, "
+            f"got {cache.dtype} with {num_heads}; choose gluon"
+        )
+    page_nbytes = cache.stride(0) * cache.element_size()
+    if page_nbytes % 16:
+        raise ValueError(f"latent cache: expected pages at multiples of 16 bytes, got one every {page_nbytes}")
     cuda_library.require()
     out = q.new_empty((num_tokens, num_heads, KV_LORA_RANK))
     lse = q.new_empty((num_tokens, num_heads), dtype=torch.float32)
@@ -67,7 +75,8 @@ def sparse_mla(
         return out, lse
     q, topk_slot, scale_log2 = q.contiguous(), topk_slot.contiguous(), scale * _LOG2_E
     if num_heads > MAX_HEADS:
-        sparse_mla_cuda_wide.attend(q, cache, topk_slot, num_valid, scale_log2, out, lse)
+        attend = sparse_mla_cuda_wide.attend if is_fp8 else sparse_mla_cuda_bf16_wide.attend
+        attend(q, cache, topk_slot, num_valid, scale_log2, out, lse)
         return out, lse
     num_programs = -(-num_heads // HEADS)
     first = 0

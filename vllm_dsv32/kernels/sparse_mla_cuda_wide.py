@@ -1,4 +1,4 @@
-"""The kernel of ``sparse_mla`` in CUDA C++ for more than 32 heads, with products of warpgroups.
+"""The kernel of ``sparse_mla`` in CUDA C++ for more than 32 heads and an fp8 cache, with products of warpgroups.
 
 A block attends all keys of one token, or a split of them, for 64 heads. It decodes rows to float16. Two blocks that
 attend the same keys are a cluster, and decode half of them each. Splits, of steps with few tokens, are joined by a
@@ -12,15 +12,11 @@ bits.
 
 import torch
 
-from vllm_dsv32.kernels.sparse_mla_join_triton import join_splits, split_count
+from vllm_dsv32.kernels.sparse_mla_cuda_splits import HEADS, KEYS, attend_in_splits
+from vllm_dsv32.kernels.sparse_mla_join_triton import split_count
 from vllm_dsv32.kernels.triton_device import ceil_div, num_multiprocessors
 
-__all__ = ["HEADS", "KEYS", "attend"]
-
-HEADS = 64
-"""Of a block."""
-KEYS = 64
-"""Of a tile."""
+__all__ = ["attend"]
 
 
 def attend(
@@ -49,12 +45,5 @@ def attend(
     num_programs = num_tokens * num_head_tiles // num_blocks
     num_concurrent = max(1, num_multiprocessors(q.device) // num_blocks)
     num_splits = split_count(num_programs, topk_slot.shape[1], num_concurrent, KEYS)
-    part_out, part_lse = out, lse
-    if num_splits > 1:
-        part_out = q.new_empty((num_tokens, num_splits, *out.shape[1:]), dtype=torch.float32)
-        part_lse = q.new_empty((num_tokens, num_splits, num_heads), dtype=torch.float32)
-    torch.ops.vllm_dsv32.sparse_mla_fp8_wide(
-        q, cache, topk_slot, num_valid, scale_log2, num_splits, part_out, part_lse
-    )
-    if num_splits > 1:
-        join_splits(part_out, part_lse, num_valid, KEYS, out, lse)
+    operator = torch.ops.vllm_dsv32.sparse_mla_fp8_wide
+    attend_in_splits(operator, num_splits, q, cache, topk_slot, num_valid, scale_log2, out, lse)

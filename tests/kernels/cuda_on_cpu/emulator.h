@@ -42,10 +42,17 @@ struct Block {
   uint8_t* memory;
   size_t nbytes;
   std::vector<uint8_t> seen_by_products;  // of shared memory; what was written since, a fence makes visible
-  std::vector<uint32_t> unfenced;         // chunks that other blocks have written
+  std::vector<uint32_t> unfenced;         // chunks that other blocks, or copies, have written
   int num_done = 0;
 
   void show_to_products(uint32_t chunk) { std::memcpy(seen_by_products.data() + chunk, memory + chunk, 16); }
+};
+
+// Chunks that a thread copies, in groups.
+struct Chunks {
+  long num_started = 0;
+  long num_done = 0;
+  std::deque<long> groups;  // started up to their end
 };
 
 // Products of a warpgroup that are not known to be done, as one thread has them.
@@ -70,6 +77,7 @@ struct Thread {
   std::function<bool()> ready;  // while it waits
   std::deque<std::function<void()>> background;
   std::vector<uint32_t> unfenced;  // chunks of shared memory that it has written
+  Chunks chunks;
   Products products;
 };
 

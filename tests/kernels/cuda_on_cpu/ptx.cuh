@@ -101,6 +101,44 @@ inline void copy_bulk(void* shared, const void* global, int nbytes, uint64_t* ba
   });
 }
 
+// Once any thread has fenced, products see what is there.
+inline void copy_chunk_if(bool wanted, uint32_t address, const void* global) {
+  if (reinterpret_cast<uintptr_t>(global) % 16) {
+    std::fprintf(stderr, "a copy of a misaligned chunk\n");
+    std::abort();
+  }
+  auto& thread = *current;
+  uint8_t* shared = at(address, 16);
+  ++thread.chunks.num_started;
+  thread.background.push_back([=, &thread] {
+    std::memset(shared, 0, 16);
+    if (wanted) {
+      std::memcpy(shared, global, 16);
+    }
+    thread.block->unfenced.push_back(address);
+    ++thread.chunks.num_done;
+  });
+}
+inline void mbarrier_arrive_after_chunks(uint64_t* barrier) {
+  current->background.push_back([=] { as_mbarrier(barrier).arrive(); });
+}
+inline void mbarrier_expect_chunks(uint64_t* barrier) {
+  ++as_mbarrier(barrier).pending;
+  mbarrier_arrive_after_chunks(barrier);
+}
+inline void commit_chunks() { current->chunks.groups.push_back(current->chunks.num_started); }
+template <int kGroupsLeft>
+void wait_for_chunks() {
+  auto& chunks = current->chunks;
+  while (chunks.groups.size() > kGroupsLeft) {
+    while (chunks.num_done < chunks.groups.front()) {
+      current->background.front()();
+      current->background.pop_front();
+    }
+    chunks.groups.pop_front();
+  }
+}
+
 inline int32_t load_if(bool wanted, const int32_t* global) { return wanted ? *global : 0; }
 template <class T>
 T load_aligned_if(bool wanted, const void* global) {
@@ -114,10 +152,22 @@ inline uint4 load_quad_if(bool wanted, const void* global) { return load_aligned
 
 inline void prefetch(const void* global) { *static_cast<const volatile uint8_t*>(global); }
 
+inline void prefetch_bulk(const void* global, int nbytes) {
+  if (reinterpret_cast<uintptr_t>(global) % 16 || nbytes % 16) {
+    std::fprintf(stderr, "a misaligned prefetch\n");
+    std::abort();
+  }
+  for (int i = 0; i < nbytes; ++i) {
+    static_cast<const volatile uint8_t*>(global)[i];
+  }
+}
+
 inline void store_chunk(uint32_t address, const uint4& x) {
   std::memcpy(at(address, 16), &x, 16);
   current->unfenced.push_back(address);
 }
+
+inline uint4 load_chunk(uint32_t address) { return *reinterpret_cast<const uint4*>(at(address, 16)); }
 
 inline void store_word(uint32_t address, uint32_t x) { std::memcpy(at(address, 4), &x, 4); }
 
@@ -127,6 +177,21 @@ inline void load_matrices(uint32_t (&r)[4], uint32_t address) {
   for (int matrix = 0; matrix < 4; ++matrix) {
     std::memcpy(&r[matrix], at(lanes[matrix * 8 + lane / 4].words[0], 16) + lane % 4 * 4, 4);
   }
+}
+inline void store_matrices(uint32_t address, const uint32_t (&r)[4]) {
+  emulator::Lane own = {};
+  own.words[0] = address;
+  std::memcpy(own.words + 1, r, sizeof(r));
+  const emulator::Lane* lanes = emulator::exchange(own);
+  const int lane = current->index % 32;  // names a row, and writes it
+  uint8_t row[16];
+  for (int i = 0; i < 4; ++i) {
+    uint32_t words[4];
+    std::memcpy(words, lanes[lane % 8 * 4 + i].words + 1, sizeof(words));
+    std::memcpy(row + i * 4, &words[lane / 8], 4);
+  }
+  std::memcpy(at(address, 16), row, 16);
+  current->unfenced.push_back(address);
 }
 inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {
   const emulator::Lane* lanes = emulator::exchange({{address}});

@@ -44,20 +44,25 @@ void wgmma_wait(Sums&... sums) {
   (give_back(sums), ...);
 }
 
-// A matrix in shared memory: "Matrix descriptor" and "Strides" of the manual, for the swizzle of 128 bytes.
+// A matrix in shared memory: "Matrix descriptor" and "Strides" of the manual, for the swizzle of 128 bytes; and for
+// none if it is K-major.
 struct Matrix {
   const emulator::Block* block;
   uint64_t descriptor;
 
   uint32_t field(int bit) const { return static_cast<uint32_t>(descriptor >> bit & 0x3fff) << 4; }
 
+  bool is_swizzled() const { return descriptor >> 62 == 1; }
+
   template <class Bits>
   Bits at(uint32_t offset) const {
-    if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0) {
+    if (descriptor >> 62 > 1 || (descriptor >> 49 & 7) != 0) {
       fail("a descriptor of another kind");
     }
     uint32_t address = field(0) + offset;
-    address ^= (address >> 7 & 7) << 4;
+    if (is_swizzled()) {
+      address ^= (address >> 7 & 7) << 4;
+    }
     if (address + sizeof(Bits) > block->nbytes) {
       fail("a product past the end of shared memory");
     }
@@ -66,12 +71,20 @@ struct Matrix {
     return bits;
   }
   // Rows of 128 bytes, eight of them a swizzle atom; the stride is between atoms.
+  // Else core matrices of eight rows of 16 bytes; the leading stride goes along K, the other along M or N.
   template <class Bits>
   Bits k_major(int mn, int k) const {
+    if (!is_swizzled()) {
+      const int byte = k * sizeof(Bits);
+      return at<Bits>(mn % 8 * 16 + mn / 8 * field(32) + byte / 16 * field(16) + byte % 16);
+    }
     return at<Bits>(mn % 8 * 128 + mn / 8 * field(32) + k * sizeof(Bits));
   }
   // 64 elements, by 8 along K: an atom. The leading stride goes along M or N, the other along K.
   uint16_t mn_major(int mn, int k) const {
+    if (!is_swizzled()) {
+      fail("a descriptor of another kind");
+    }
     return at<uint16_t>(mn % 64 * 2 + mn / 64 * field(16) + k % 8 * 128 + k / 8 * field(32));
   }
 };
@@ -131,21 +144,39 @@ inline void multiply_e4m3(float (&sums)[64], uint64_t a, uint64_t b, bool add) {
   multiply_transposed<32, uint8_t>(sums, a, b, add, [](uint8_t byte) { return values[byte]; });
 }
 
-inline void multiply(float (&sums)[64], const uint32_t (&a)[4], uint64_t b) {
+// Of the first operand, what all lanes of a warp hold in registers.
+inline auto rows_in_registers(const uint32_t (&a)[4]) {
   emulator::Lane own = {};
   std::memcpy(own.words, a, sizeof(a));
   const emulator::Lane* all = emulator::exchange(own);
   std::array<emulator::Lane, 32> lanes;
   std::copy_n(all, 32, lanes.begin());
+  return [lanes](int row, int k) {
+    uint32_t registers[4];
+    std::memcpy(registers, lanes[row % 8 * 4 + k % 8 / 2].words, sizeof(registers));
+    return static_cast<uint16_t>(registers[row / 8 + k / 8 * 2] >> k % 2 * 16);
+  };
+}
+
+inline void multiply(float (&sums)[64], const uint32_t (&a)[4], uint64_t b) {
+  const auto rows = rows_in_registers(a);
   const Matrix columns = {current->block, b};
+  start_product<16>(sums, true, rows, [=](int column, int k) { return columns.mn_major(column, k); },
+                    value_of_float16);
+}
+inline void multiply_transposed_bfloat16(float (&sums)[32], const uint32_t (&a)[4], uint64_t b, bool add) {
+  const auto rows = rows_in_registers(a);
+  const Matrix columns = {current->block, b};
+  start_product<16>(sums, add, rows, [=](int column, int k) { return columns.k_major<uint16_t>(column, k); },
+                    value_of_bfloat16);
+}
+inline void multiply_bfloat16(float (&sums)[128], uint64_t a, uint64_t b) {
+  emulator::exchange({});
+  const Matrix rows = {current->block, a}, columns = {current->block, b};
+  const int first = current->index / 32 % 4 * 16;
   start_product<16>(
-      sums, true,
-      [=](int row, int k) {
-        uint32_t registers[4];
-        std::memcpy(registers, lanes[row % 8 * 4 + k % 8 / 2].words, sizeof(registers));
-        return static_cast<uint16_t>(registers[row / 8 + k / 8 * 2] >> k % 2 * 16);
-      },
-      [=](int column, int k) { return columns.mn_major(column, k); }, value_of_float16);
+      sums, true, [=](int row, int k) { return rows.k_major<uint16_t>(first + row, k); },
+      [=](int column, int k) { return columns.mn_major(column, k); }, value_of_bfloat16);
 }
 
 }  // namespace dsv32
