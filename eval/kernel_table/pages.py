@@ -26,15 +26,16 @@ def overview(results: Mapping[str, Any]) -> str:
     lines = [
         _measured(results),
         "",
-        "| operation | problems | vLLM's time / ours, in the geometric mean | least | most |",
-        "|---|---|---|---|---|",
+        "| operation | problems | vLLM's time / ours, in the geometric mean | goal | least | most |",
+        "|---|---|---|---|---|---|",
     ]
     for line in results["lines"].values():
         rows = line["rows"]
         points = " to ".join(dict.fromkeys((rows[0]["point"], rows[-1]["point"])))
         ratios = [row["ratio"] for row in rows if row["ratio"] is not None]
-        values = [geometric_mean(ratios), min(ratios), max(ratios)] if ratios else []
-        cells = [f"{value:.2f}" for value in values] or ["not measured", "", ""]
+        goal = f"{line['summary']['goal']['geometric_mean']:.1f}"
+        least_and_most = [f"{value:.2f}" for value in (min(ratios), max(ratios))] if ratios else ["", ""]
+        cells = [f"{geometric_mean(ratios):.2f}" if ratios else "not measured", goal, *least_and_most]
         if len(ratios) < len(rows):
             points += f", {len(ratios)} of {len(rows)}"
         lines.append(f"| {_title(line)} | {points} | {' | '.join(cells)} |")

@@ -26,16 +26,19 @@ LAUNCHES = {
     "triton fp8": [],
     "FA3 bf16": [["FlashAttnFwd", 15.2]],
 }
+GOAL = {"goal": {"geometric_mean": 1.5, "minimum": None}}
 LINES = {
     "decode": {
         "title": "decode; peers: FA3",
+        "summary": GOAL,
         "rows": [ROW, ROW | {"point": "B=4", "ratio": None, "wrong": ["off"]}],
     },
     "index": {
         "title": "index; peers: none",
+        "summary": GOAL,
         "rows": [ROW | {"us": {"ours": {"triton": 5.0}, "peers": {}}, "ratio": None, "floor_us": 2.0}],
     },
-    "block": {"title": "block; peers: FA3", "rows": [ROW | {"launches": LAUNCHES}]},
+    "block": {"title": "block; peers: FA3", "summary": GOAL, "rows": [ROW | {"launches": LAUNCHES}]},
 }
 MEASURED = {
     "versions": {"vllm": "0.32.0", "torch": "2.13.0", "triton": "3.7.1"},
@@ -53,9 +56,9 @@ def test_figures_are_those_of_the_results():
 
 def test_a_row_for_each_line():
     assert overview(MEASURED).splitlines()[4:] == [
-        "| decode | B=1 to B=4, 1 of 2 | 1.67 | 1.67 | 1.67 |",
-        "| index | B=1, 0 of 1 | not measured |  |  |",
-        "| block | B=1 | 1.67 | 1.67 | 1.67 |",
+        "| decode | B=1 to B=4, 1 of 2 | 1.67 | 1.5 | 1.67 | 1.67 |",
+        "| index | B=1, 0 of 1 | not measured | 1.5 |  |  |",
+        "| block | B=1 | 1.67 | 1.5 | 1.67 | 1.67 |",
     ]
 
 
