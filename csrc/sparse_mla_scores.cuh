@@ -135,6 +135,9 @@ __device__ __forceinline__ void finish_softmax(ScoreTurns& turns, Shared& shared
   turns.softmax.next();
 }
 
+// Of a split, few tiles are a block's: it waits for its code to be fetched, so all tiles take one path. Where a block
+// has all tiles of a work, those after the first have a loop without branches.
+template <bool kIsSplit>
 __device__ __forceinline__ void score_tiles(ScoreTurns& turns, Shared& shared, const SparseMlaArguments& p,
                                             const Work& work, int warp, int lane) {
   Queries queries;
@@ -182,14 +185,21 @@ __device__ __forceinline__ void score_tiles(ScoreTurns& turns, Shared& shared, c
     }
   };
   if (work.keys_left(0) > 0) {
-    // One copy of the code for all tiles: of a launch of few tiles, fetching instructions is a part of its time.
+    if constexpr (kIsSplit) {
 #pragma unroll 1
-    for (int tile = 0; work.keys_left(tile) > 0; ++tile) {
-      score_tile(tile, [&](int part) {
-        if (tile > 0) {
-          weigh_last_tile(part);
-        }
-      });
+      for (int tile = 0; work.keys_left(tile) > 0; ++tile) {
+        score_tile(tile, [&](int part) {
+          if (tile > 0) {
+            weigh_last_tile(part);
+          }
+        });
+      }
+    } else {
+      score_tile(0, [](int) {});
+#pragma unroll 1
+      for (int tile = 1; work.keys_left(tile) > 0; ++tile) {
+        score_tile(tile, weigh_last_tile);
+      }
     }
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {

@@ -23,11 +23,9 @@ namespace dsv32 {
 namespace {
 
 // For the warps that have nothing to join: all threads of a cluster meet before and after.
-__device__ __forceinline__ void let_others_join(const Place& place) {
-  if (place.num_splits > 1) {
-    cluster_barrier();
-    cluster_barrier_relaxed();
-  }
+__device__ __forceinline__ void let_others_join() {
+  cluster_barrier();
+  cluster_barrier_relaxed();
 }
 
 __device__ __forceinline__ void join_cluster(const Sums& sums, Shared& shared, const SparseMlaArguments& p,
@@ -49,6 +47,8 @@ __device__ __forceinline__ void join_cluster(const Sums& sums, Shared& shared, c
   cluster_barrier_relaxed();
 }
 
+// Blocks of a cluster have a split of one work each; others take one work after the other.
+template <bool kIsSplit>
 __device__ __forceinline__ void sum_works(Shared& shared, const SparseMlaArguments& p, const Place& place, int warp,
                                           int lane) {
   ValueTurns turns;
@@ -56,23 +56,28 @@ __device__ __forceinline__ void sum_works(Shared& shared, const SparseMlaArgumen
     const Work work(p, place, index);
     Sums sums = {};
     sum_tiles(sums, turns, shared, work, warp, lane);
-    if (place.num_splits > 1) {
+    if constexpr (kIsSplit) {
       join_cluster(sums, shared, p, place, work, warp, lane);
-      return;  // it was the only work
+      return;
+    } else {
+      store_sums(sums, turns, shared, p, work, warp, lane);
     }
-    store_sums(sums, turns, shared, p, work, warp, lane);
   }
 }
 
+template <bool kIsSplit>
 __device__ __forceinline__ void score_works(Shared& shared, const SparseMlaArguments& p, const Place& place, int warp,
                                             int lane) {
   ScoreTurns turns;
   for (int index = place.first_work; index < place.num_works; index += place.stride) {
-    score_tiles(turns, shared, p, Work(p, place, index), warp, lane);
+    score_tiles<kIsSplit>(turns, shared, p, Work(p, place, index), warp, lane);
   }
-  let_others_join(place);
+  if constexpr (kIsSplit) {
+    let_others_join();
+  }
 }
 
+template <bool kIsSplit>
 __device__ __forceinline__ void copy_works(Shared& shared, const SparseMlaArguments& p, const Place& place, int warp,
                                            int lane) {
   Turn<kStages> turn;
@@ -82,9 +87,12 @@ __device__ __forceinline__ void copy_works(Shared& shared, const SparseMlaArgume
     }
     copy_tiles(turn, shared, p, Work(p, place, index), warp, lane);
   }
-  let_others_join(place);
+  if constexpr (kIsSplit) {
+    let_others_join();
+  }
 }
 
+template <bool kIsSplit>
 __global__ void __launch_bounds__(kNumThreads, 1)
     sparse_mla_fp8_kernel(const __grid_constant__ SparseMlaArguments p, const int num_splits) {
   let_next_kernel_start();
@@ -112,15 +120,17 @@ __global__ void __launch_bounds__(kNumThreads, 1)
 
   if (warp < kNumScoreWarps) {
     take_registers<kScoreRegisters>();
-    score_works(shared, p, place, warp, lane);
+    score_works<kIsSplit>(shared, p, place, warp, lane);
   } else if (warp < kNumScoreWarps + kNumValueWarps) {
     give_registers<kValueRegisters>();
-    sum_works(shared, p, place, warp - kNumScoreWarps, lane);
+    sum_works<kIsSplit>(shared, p, place, warp - kNumScoreWarps, lane);
   } else {
     give_registers<kCopyRegisters>();
-    copy_works(shared, p, place, warp - kNumScoreWarps - kNumValueWarps, lane);
+    copy_works<kIsSplit>(shared, p, place, warp - kNumScoreWarps - kNumValueWarps, lane);
   }
 }
+
+auto kernel_of(int num_splits) { return num_splits > 1 ? sparse_mla_fp8_kernel<true> : sparse_mla_fp8_kernel<false>; }
 
 ClusterShape cluster_of(int num_splits) { return {num_splits, kNumThreads, static_cast<int>(sizeof(Shared))}; }
 
@@ -132,11 +142,11 @@ const char* launch_sparse_mla(const SparseMlaArguments& arguments, int num_split
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device);
   const int num_blocks = num_splits > 1 ? num_works * num_splits : std::min(num_works, num_multiprocessors);
-  return launch_clusters(sparse_mla_fp8_kernel, cluster_of(num_splits), num_blocks, stream, arguments, num_splits);
+  return launch_clusters(kernel_of(num_splits), cluster_of(num_splits), num_blocks, stream, arguments, num_splits);
 }
 
 const char* count_sparse_mla_clusters(int num_splits, int* count) {
-  return count_concurrent_clusters(sparse_mla_fp8_kernel, cluster_of(num_splits), count);
+  return count_concurrent_clusters(kernel_of(num_splits), cluster_of(num_splits), count);
 }
 
 }  // namespace dsv32

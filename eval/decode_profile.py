@@ -2,9 +2,9 @@
 
     python eval/decode_profile.py --out FILE.json [--context 65536] [--batch 16] [--cache fp8]    (and FILE.md)
 
-Both sides run vLLM's LLM class on one GPU, in turn. The model has the published widths, four layers, 16 heads, 32
-experts and dummy weights, unless --model names a folder with another config.json. Times are torch's profiler's, of
-kernels that run one after the other; what the host does is not in them.
+Both sides run vLLM's LLM class on one GPU, in turn. The model has the published widths, four layers, 16 heads,
+32 experts and dummy weights, unless --model names a folder with another config.json. Times are of torch's profiler:
+what each kernel adds to the time of those before it, as some start early and wait. Time of the host is not in them.
 
 A kernel that runs on both sides is no part of what the plugin replaces: how fast a step can be beside vLLM's own is
 limited by the share of such kernels.
@@ -72,7 +72,11 @@ def compare(options: argparse.Namespace) -> None:
         system=local_system(REDUCED if options.model is None else model.name, engine_flags(options)),
         settings={name: getattr(options, name) for name in _SETTINGS},
         figures=figures,
-        notes=["Microseconds on the GPU, in a profile. What the host does is not in them.", "No pass mark."],
+        notes=[
+            "Microseconds on the GPU, in a profile: what each kernel adds to those before it.",
+            "What the host does is not in them.",
+            "No pass mark.",
+        ],
         tables={"Microseconds a step": rows_of(kernels)},
     )
     for figure in figures:

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_profile import LAUNCH_TIMES
 
 from kernel_table import measurements
 from kernel_table.environment import environment
@@ -125,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device, and torch sees none")
     begin = time.perf_counter()
-    values: dict[str, Any] = {**environment(), "measured": STATEMENT, "lines": {}}
+    values: dict[str, Any] = {**environment(), "measured": STATEMENT, "launch_times": LAUNCH_TIMES, "lines": {}}
     print(", ".join(f"{name} {value}" for name, value in {**values["versions"], **values["device"]}.items()))
     print(STATEMENT, flush=True)
     torch.manual_seed(0)

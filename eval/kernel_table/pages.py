@@ -66,6 +66,7 @@ def whole_table(results: Mapping[str, Any]) -> str:
         lines += [
             "",
             "Launches of the attention between its projections, of the best of each side, in a profile:",
+            f"{results.get('launch_times', 'some start before the last one has ended, and waiting counts')}.",
             "",
         ]
         lines += ["| problem | side | microseconds |", "|---|---|---|", *profiles]

@@ -62,9 +62,9 @@ def _elapsed_ms(run: Call) -> float:
 
 
 def launches(calls: Sequence[Call]) -> list[tuple[str, float]]:
-    """Kernels, fills and copies of one call: their names, and microseconds in the median of these calls.
+    """Kernels, fills and copies of one call: their names, and the microseconds that each adds to those before it.
 
-    All calls have been made before. In a profile launches come one after the other; in a graph they may overlap.
+    All calls have been made before; of the times, the median counts.
     """
     profiles = [launches_of(call) for call in calls]
     assert len({len(launched) for launched in profiles}) == 1, profiles

@@ -38,6 +38,21 @@ def test_rows_begin_with_the_slowest_kernel():
 
 
 @pytest.mark.parametrize(
+    ("launches", "added"),
+    [
+        ([], []),
+        ([(0, 4, "a"), (5, 6, "b")], [4, 1]),
+        ([(0, 4, "a"), (1, 6, "waits for a"), (2, 7, "waits for both")], [4, 2, 1]),
+        ([(0, 9, "a"), (1, 3, "beside a"), (8, 10, "b")], [9, 0, 1]),
+    ],
+)
+def test_of_kernels_that_overlap_no_time_counts_twice(launches, added):
+    assert gpu_profile.times_added(launches) == [
+        (name, us) for (_, _, name), us in zip(launches, added, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
     ("name", "short"),
     [
         ("_prepare_kernel", "_prepare_kernel"),

@@ -388,7 +388,7 @@ def test_the_report(script, monkeypatch, tmp_path, capsys, wrong, ratio):
     text, values = capsys.readouterr().out, json.loads(out.read_text())
     assert "CUDA graph replay, median of 7, inputs rotated" in text
     assert "WRONG: RuntimeError: out of memory" in text
-    assert values.keys() == {"versions", "device", "measured", "lines"}
+    assert values.keys() == {"versions", "device", "measured", "launch_times", "lines"}
     line = values["lines"]["sparse-decode-16"]
     assert [row["point"] for row in line["rows"]] == [f"(16, {batch})" for batch in (1, 4, 16, 64, 128, 256)]
     assert line["rows"][0]["us"] == {"ours": {"a": 1.0, "b": 2.0}, "peers": {"c": ratio, "d": 3 * ratio}}

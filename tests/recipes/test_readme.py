@@ -70,6 +70,7 @@ def test_rows_of_the_whole_table():
         "| block | B=1 | 9.2 (triton bf16) | 15.4 (FA3 bf16) | 1.67 |  |",
         "",
         "Launches of the attention between its projections, of the best of each side, in a profile:",
+        "some start before the last one has ended, and waiting counts.",
         "",
         "| problem | side | microseconds |",
         "|---|---|---|",
