@@ -120,7 +120,7 @@ def test_flash_mla_decode(cache_format, heads, batch, num_queries, keys, topk, p
         attention_close(out, wanted, 1e-3, 2.01 / 128, 5e-6)
         # FlashMLA's reference takes rows as its kernel rounds them, ours as they are stored: of a token with one
         # key, whose score may be near zero, that is seen. Scores are about 0.01 here, rows are rounded to 11 bits.
-        lse_close(lse, wanted_lse, 1e-6 if cache_format == "bfloat16" else 1e-5, 8.01 / 65536)
+        lse_close(lse, wanted_lse, 1e-6 if cache_format == "bfloat16" else 2e-5, 8.01 / 65536)
 
 
 @grid(
