@@ -16,6 +16,7 @@
 #include "checks.h"
 #include "index_logits_sm90.h"
 #include "layout.h"
+#include "slot_union_sm90.h"
 #include "sparse_mla_sm90.h"
 #include "topk_select_sm90.h"
 
@@ -227,6 +228,63 @@ void sparse_mla_bf16_wide(Tensor q, Tensor cache, Tensor topk_slot, Tensor num_v
                   topk_slot, num_valid, scale_log2, num_splits, out, lse);
 }
 
+constexpr int64_t kUnionHeads = 64;  // four tokens of 16 heads
+constexpr int64_t kMaxUnionGroups = int64_t{1} << 19;
+
+int64_t num_union_tiles(int64_t num_slots) { return (num_slots + 63) / 64; }
+
+void slot_union(Tensor topk_slot, Tensor num_valid, Tensor union_slot, Tensor num_union, Tensor seen) {
+  const char* op = "slot_union";
+  require(topk_slot.dim() == 2 && topk_slot.size(0) % 4 == 0, op,
+          ": topk_slot: expected two dimensions and tokens by four, got ", describe(topk_slot));
+  const int64_t num_groups = topk_slot.size(0) / 4, num_slots = topk_slot.size(1);
+  require(num_slots <= kMaxUnionSlots, op, ": topk_slot: expected at most ", kMaxUnionSlots, " a token, got ",
+          num_slots);
+  require(num_groups <= kMaxUnionGroups, op, ": topk_slot: too large");
+  require_tensor(op, topk_slot, "topk_slot", ScalarType::Int, {num_groups * 4, num_slots});
+  require_tensor(op, num_valid, "num_valid", ScalarType::Int, {num_groups * 4});
+  require_tensor(op, union_slot, "union_slot", ScalarType::Int, {num_groups, num_slots * 4});
+  require_tensor(op, num_union, "num_union", ScalarType::Int, {num_groups});
+  require_tensor(op, seen, "seen", ScalarType::Long, {num_groups, num_union_tiles(num_slots * 4), 4});
+  if (num_groups == 0) {
+    return;
+  }
+  const torch::stable::accelerator::DeviceGuard guard(topk_slot.get_device_index());
+  const SlotUnionArguments arguments = {
+      .topk_slot = static_cast<const int32_t*>(topk_slot.data_ptr()),
+      .num_valid = static_cast<const int32_t*>(num_valid.data_ptr()),
+      .union_slot = static_cast<int32_t*>(union_slot.data_ptr()),
+      .num_union = static_cast<int32_t*>(num_union.data_ptr()),
+      .seen = static_cast<uint64_t*>(seen.data_ptr()),
+      .num_groups = static_cast<int>(num_groups),
+      .num_slots = static_cast<int>(num_slots),
+  };
+  const char* error = launch_slot_union(arguments, current_stream(topk_slot.get_device_index()));
+  require(error == nullptr, op, ": ", error ? error : "");
+}
+
+void sparse_mla_bf16_union(Tensor q, Tensor cache, Tensor union_slot, Tensor num_union, Tensor seen,
+                           double scale_log2, Tensor out, Tensor lse) {
+  const char* op = "sparse_mla_bf16_union";
+  const SparseMlaArguments arguments = sparse_mla_arguments(op, ScalarType::BFloat16, kLatentDim, q, cache, union_slot,
+                                                            num_union, scale_log2, out, lse);
+  const int64_t num_groups = q.size(0);
+  require(q.size(1) == kUnionHeads, op, ": q: expected four tokens of 16 heads as ", kUnionHeads, " heads, got ",
+          q.size(1));
+  require(num_groups <= kMaxUnionGroups, op, ": q: too large");
+  require(union_slot.size(1) <= kMaxUnionSlots * 4, op, ": union_slot: expected at most ", kMaxUnionSlots * 4,
+          " a group, got ", union_slot.size(1));
+  require_tensor(op, seen, "seen", ScalarType::Long, {num_groups, num_union_tiles(union_slot.size(1)), 4});
+  require_tensor(op, out, "out", ScalarType::BFloat16, {num_groups, kUnionHeads, kKvLoraRank});
+  require_tensor(op, lse, "lse", ScalarType::Float, {num_groups, kUnionHeads});
+  if (num_groups == 0) {
+    return;
+  }
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  const char* error = launch_sparse_mla_bf16_union(arguments, seen.data_ptr(), current_stream(q.get_device_index()));
+  require(error == nullptr, op, ": ", error ? error : "");
+}
+
 // Of the current device.
 int64_t sparse_mla_fp8_concurrency(int64_t num_splits) {
   require_splits(num_splits);
@@ -303,6 +361,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_dsv32, library) {
   library.def(
       "sparse_mla_bf16_wide(Tensor q, Tensor cache, Tensor topk_slot, Tensor num_valid, float scale_log2, "
       "int num_splits, Tensor(a!) out, Tensor(b!) lse) -> ()");
+  library.def(
+      "slot_union(Tensor topk_slot, Tensor num_valid, Tensor(a!) union_slot, Tensor(b!) num_union, Tensor(c!) seen) "
+      "-> ()");
+  library.def(
+      "sparse_mla_bf16_union(Tensor q, Tensor cache, Tensor union_slot, Tensor num_union, Tensor seen, "
+      "float scale_log2, Tensor(a!) out, Tensor(b!) lse) -> ()");
   library.def("sparse_mla_fp8_concurrency(int num_splits) -> int");
   library.def(
       "topk_select(Tensor logits, Tensor num_keys, Tensor request_ids, Tensor block_table, int block_size, "
@@ -315,6 +379,8 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_dsv32, CUDA, library) {
   library.impl("sparse_mla_fp8", TORCH_BOX(&sparse_mla_fp8));
   library.impl("sparse_mla_fp8_wide", TORCH_BOX(&sparse_mla_fp8_wide));
   library.impl("sparse_mla_bf16_wide", TORCH_BOX(&sparse_mla_bf16_wide));
+  library.impl("slot_union", TORCH_BOX(&slot_union));
+  library.impl("sparse_mla_bf16_union", TORCH_BOX(&sparse_mla_bf16_union));
   library.impl("topk_select", TORCH_BOX(&topk_select));
 }
 

@@ -22,6 +22,8 @@ _KERNELS = (
     "sparse_mla_sm90",
     "sparse_mla_wide_sm90",
     "sparse_mla_bf16_wide_sm90",
+    "sparse_mla_bf16_union_sm90",
+    "slot_union_sm90",
     "topk_select_sm90",
 )
 _SM90 = "-gencode=arch=compute_90a,code=sm_90a"

@@ -132,6 +132,22 @@ __device__ __forceinline__ int32_t load_if(bool wanted, const int32_t* global) {
   return x;
 }
 
+// As above, of two bytes.
+__device__ __forceinline__ uint32_t load_half_if(bool wanted, const uint16_t* global) {
+  uint32_t x;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.s32 p, %2, 0;\n"
+      "mov.b32 %0, 0;\n"
+      "@p ld.global.u16 %0, [%1];\n"
+      "}\n"
+      : "=r"(x)
+      : "l"(__cvta_generic_to_global(global)), "r"(static_cast<int>(wanted))
+      : "memory");
+  return x;
+}
+
 // As above, of 16 bytes.
 __device__ __forceinline__ uint4 load_quad_if(bool wanted, const void* global) {
   uint4 x;

@@ -17,7 +17,14 @@ from build import build
 
 _ROOT = Path(__file__).resolve().parents[1]
 _TOOLS = ("memcheck", "racecheck")
-_CASES = ("index_logits", "sparse_mla", "sparse_mla_wide", "sparse_mla_bf16_wide", "topk_select")
+_CASES = (
+    "index_logits",
+    "sparse_mla",
+    "sparse_mla_wide",
+    "sparse_mla_bf16_wide",
+    "sparse_mla_bf16_union",
+    "topk_select",
+)
 _FOUND = 9
 """How the sanitizer exits where a tool finds something."""
 

@@ -6,6 +6,7 @@
 
 #include "bfloat16_pairs.cuh"
 #include "sparse_mla_bf16_block.cuh"
+#include "sparse_mla_bf16_keys.cuh"
 #include "sparse_mla_wide_softmax.cuh"
 #include "wgmma.cuh"
 
@@ -15,7 +16,6 @@ constexpr int kHeldSteps = kHeldColumns / 16;  // of products over 16 columns
 
 // But for the last columns, as each thread of a warpgroup holds them as operands.
 using Queries = uint32_t[kHeldSteps][4];
-using Scores = float[kTileKeys / 2];
 static_assert(kLastSteps >= 1 && kLastSteps <= kHeldSteps);
 
 // Of four matrices of eight rows and eight columns, which together are 16 rows of a warp by 16 columns, the row that a
@@ -105,20 +105,14 @@ struct RoundedSoftmax : Softmax {
 };
 
 // Turns scores of a tile into weights, in its stage. Before they are handed over, they are fenced.
-__device__ __forceinline__ void store_weights(Shared& shared, RoundedSoftmax& softmax, Scores& scores, float scale_log2,
-                                              int stage, int num_keys, int warp, int lane) {
+template <class Keys>
+__device__ __forceinline__ void store_weights(Shared& shared, RoundedSoftmax& softmax, Scores& scores, Keys& keys,
+                                              float scale_log2, int stage, int num_keys, int warp, int lane) {
 #pragma unroll
   for (int i = 0; i < kTileKeys / 2; ++i) {
     scores[i] *= scale_log2;
   }
-  if (num_keys < kTileKeys) {
-    const int left = forget_origin(num_keys);  // else the compiler would select in every tile, and not branch
-#pragma unroll
-    for (int i = 0; i < kTileKeys / 2; ++i) {
-      const int key = i / 4 * 8 + lane % 4 * 2 + i % 2;
-      scores[i] = key < left ? scores[i] : -INFINITY;
-    }
-  }
+  keys.hide_others(scores, num_keys, lane);
   float2 highest = make_float2(-INFINITY, -INFINITY);
 #pragma unroll
   for (int i = 0; i < kTileKeys / 2; i += 4) {
@@ -157,8 +151,10 @@ __device__ __forceinline__ void hand_over_weights(Shared& shared, int stage, int
 }
 
 // At least one tile.
-__device__ __forceinline__ void score_tiles(RoundedSoftmax& softmax, const Queries& queries, Turn<kStages>& turn,
-                                            Shared& shared, float scale_log2, int num_keys, int warp, int lane) {
+template <class Keys>
+__device__ __forceinline__ void score_tiles(RoundedSoftmax& softmax, const Queries& queries, Keys& keys,
+                                            Turn<kStages>& turn, Shared& shared, float scale_log2, int num_keys,
+                                            int warp, int lane) {
   Scores scores;
   int last_stage = -1;
   for (; num_keys > 0; num_keys -= kTileKeys, turn.next()) {
@@ -169,7 +165,7 @@ __device__ __forceinline__ void score_tiles(RoundedSoftmax& softmax, const Queri
       hand_over_weights(shared, last_stage, lane);
     }
     wgmma_wait<0>(scores);
-    store_weights(shared, softmax, scores, scale_log2, turn.stage, num_keys, warp, lane);
+    store_weights(shared, softmax, scores, keys, scale_log2, turn.stage, num_keys, warp, lane);
     if (!kScoresFirst) {
       fence_async_proxy();
       hand_over_weights(shared, turn.stage, lane);

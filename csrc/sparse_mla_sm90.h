@@ -35,4 +35,8 @@ const char* launch_sparse_mla_wide(const SparseMlaArguments& arguments, int num_
 // The same of a cache in bfloat16.
 const char* launch_sparse_mla_bf16_wide(const SparseMlaArguments& arguments, int num_splits, void* stream);
 
+// Of four tokens of 16 heads each, as of one with 64, whose keys are what slot_union_sm90.h makes of theirs; seen comes
+// from there too.
+const char* launch_sparse_mla_bf16_union(const SparseMlaArguments& arguments, const void* seen, void* stream);
+
 }  // namespace dsv32

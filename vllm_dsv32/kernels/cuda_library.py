@@ -31,6 +31,8 @@ def refusal(path: Path = _PATH) -> str | None:
         "sparse_mla_fp8",
         "sparse_mla_fp8_wide",
         "sparse_mla_bf16_wide",
+        "sparse_mla_bf16_union",
+        "slot_union",
         "topk_select",
     ):
         torch.library.register_fake(f"vllm_dsv32::{operator}", _writes_its_arguments)

@@ -99,9 +99,31 @@ T atomicAdd(T* address, T x) {
   return old;
 }
 
+template <class T>
+T atomicMin(T* address, T x) {
+  const T old = *address;
+  *address = min(old, x);
+  return old;
+}
+template <class T>
+T atomicCAS(T* address, T expected, T x) {
+  const T old = *address;
+  *address = old == expected ? x : old;
+  return old;
+}
+
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+
+inline unsigned __ballot_sync(unsigned, bool x) {
+  const emulator::Lane* lanes = emulator::exchange({{x}});
+  unsigned bits = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    bits |= static_cast<unsigned>(lanes[lane].words[0] != 0) << lane;
+  }
+  return bits;
+}
 
 inline bool __any_sync(unsigned, bool x) {
   const emulator::Lane* lanes = emulator::exchange({{x}});

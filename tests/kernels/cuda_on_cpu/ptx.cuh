@@ -148,6 +148,7 @@ T load_aligned_if(bool wanted, const void* global) {
   }
   return wanted ? *static_cast<const T*>(global) : T{};
 }
+inline uint32_t load_half_if(bool wanted, const uint16_t* global) { return load_aligned_if<uint16_t>(wanted, global); }
 inline uint4 load_quad_if(bool wanted, const void* global) { return load_aligned_if<uint4>(wanted, global); }
 
 inline void prefetch(const void* global) { *static_cast<const volatile uint8_t*>(global); }
