@@ -15,6 +15,7 @@ from vllm_dsv32.kernels import (
     index_logits_triton,
     sparse_mla,
     sparse_mla_cuda,
+    sparse_mla_cuda_union,
     topk_select,
 )
 
@@ -47,6 +48,16 @@ def run_sparse_mla_bf16_wide():
     attend(64, [0, 1, 65, 300], 512, "bfloat16")
     attend(128, [200], 512, "bfloat16")
     attend(100, [130, 64] * 70, 192, "bfloat16")  # more work than blocks
+
+
+def run_sparse_mla_bf16_union():
+    cuda_library.require()
+    counts = [0, 1, 65, 300, 0, 0, 0, 0, 512, 512, 512, 512] + [130, 64, 7, 0] * 135  # more groups than blocks
+    q, cache, *rest, scale = sparse_mla_cuda_cases.problem(16, counts, 512, 2048, cache_format="bfloat16")
+    rest[0][3, :150] = rest[0][3, 150:300]  # slots that a token has again
+    got = sparse_mla_cuda_union.sparse_mla(*map(cuda_copy, (q, cache, *rest)), scale)
+    wanted = sparse_mla.reference(q.float(), cache, *rest, scale)
+    sparse_mla_cuda_cases.assert_near([x.cpu() for x in got], wanted)
 
 
 def run_topk_select():
@@ -85,6 +96,7 @@ RUNS = {
     "sparse_mla": run_sparse_mla,
     "sparse_mla_wide": run_sparse_mla_wide,
     "sparse_mla_bf16_wide": run_sparse_mla_bf16_wide,
+    "sparse_mla_bf16_union": run_sparse_mla_bf16_union,
     "topk_select": run_topk_select,
 }
 

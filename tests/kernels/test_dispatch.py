@@ -177,6 +177,29 @@ def test_cuda_kernels_say_what_they_do_not_take(monkeypatch, operation, change, 
     assert refusals["cuda"] == words
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, None),
+        ({"num_heads": 8}, "takes 16 heads, got 8"),
+        ({"topk": 2049}, "takes a top-k of at most 2048, got 2049"),
+        ({"dtype": torch.float32}, "takes the cache format auto in bfloat16, got auto in torch.float32"),
+        (
+            {"cache_format": "fp8_ds_mla"},
+            "takes the cache format auto in bfloat16, got fp8_ds_mla in torch.bfloat16",
+        ),
+        ({"capability": (10, 0)}, "takes compute capability 9.0, got 10.0"),
+    ],
+)
+def test_unions_are_attended_by_name(monkeypatch, change, words):
+    monkeypatch.setattr(cuda_library, "refusal", lambda: None)
+    problem = replace(ON_A_GPU, **change)
+    assert next(refusal for row, refusal in explain("sparse_mla", problem) if row.name == "union") == words
+    if words is None:
+        assert select_kernels(problem).names["sparse_mla"] != "union"
+        assert select_kernels(problem, {"sparse_mla": "union"}).graph_capturable
+
+
 # Operation, name, a problem that the row takes where vLLM's libraries are, and the library that it needs.
 FP8_ON_A_GPU = replace(ON_A_GPU, cache_format="fp8_ds_mla")
 VENDOR = {
@@ -192,8 +215,8 @@ def refusal_by(name, problem):
     return next(refusal for row, refusal in explain(operation, problem) if row.name == name)
 
 
-def test_vendor_rows_come_last_and_by_name_only():
-    assert {row.name for row in KERNELS if row.by_name_only} == set(VENDOR)
+def test_rows_by_name_only_come_last():
+    assert {row.name for row in KERNELS if row.by_name_only} == {"union", *VENDOR}
     assert [row.by_name_only for row in KERNELS] == sorted(row.by_name_only for row in KERNELS)
 
 

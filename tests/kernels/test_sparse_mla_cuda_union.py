@@ -136,7 +136,9 @@ def test_all_lanes_may_arrive_on_cpu(operators, tmp_path):
     """As the build for racecheck has it."""
     by_all_lanes = operators_on_cpu(tmp_path, "-DDSV32_ALL_LANES_ARRIVE")
     arguments = bf16_problem([0, 63, 64, 200], 200, 256)
-    for got, wanted in zip(attend_on_cpu(by_all_lanes, *arguments), attend_on_cpu(operators, *arguments), strict=True):
+    for got, wanted in zip(
+        attend_on_cpu(by_all_lanes, *arguments), attend_on_cpu(operators, *arguments), strict=True
+    ):
         assert torch.equal(got, wanted)
 
 

@@ -4,8 +4,8 @@ A row names an operation, an implementation and the problems that it refuses. :f
 picks, for each operation, the first row that takes the problem, once per layer at construction.
 Every implementation has the signature of the operation's reference, which is also its contract.
 
-To add an implementation, add its row above the slower ones. Rows of what vLLM itself ships stand last, for
-comparison; they are chosen by name only.
+To add an implementation, add its row above the slower ones. Rows that are chosen by name only stand last: what
+is yet to be timed, then what vLLM itself ships, for comparison.
 """
 
 import importlib
@@ -206,6 +206,21 @@ def _cuda_attention_refuses(problem: Problem) -> Refusal:
     return _library_kernel_refuses(problem)
 
 
+_UNION_HEADS = 16
+_UNION_TOPK = 2048
+
+
+def _union_attention_refuses(problem: Problem) -> Refusal:
+    """Four tokens at a time: their heads fill a block."""
+    if problem.cache_format != "auto" or problem.dtype != torch.bfloat16:
+        return f"takes the cache format auto in bfloat16, got {problem.cache_format} in {problem.dtype}"
+    if problem.num_heads != _UNION_HEADS:
+        return f"takes {_UNION_HEADS} heads, got {problem.num_heads}"
+    if problem.topk > _UNION_TOPK:
+        return f"takes a top-k of at most {_UNION_TOPK}, got {problem.topk}"
+    return _library_kernel_refuses(problem)
+
+
 def _dotted(capability: tuple[int, int] | None) -> str:
     return "unknown" if capability is None else ".".join(map(str, capability))
 
@@ -298,6 +313,14 @@ KERNELS: list[Kernel] = [
         graph_capturable=True,
     ),
     *(_reference(operation) for operation in OPERATIONS),
+    Kernel(
+        operation="sparse_mla",
+        name="union",
+        target="vllm_dsv32.kernels.sparse_mla_cuda_union:sparse_mla",
+        refuse=_union_attention_refuses,
+        graph_capturable=True,
+        by_name_only=True,  # until it has been timed
+    ),
     _vendor("index_logits", "deep_gemm", _deep_gemm_refuses),
     _vendor("topk_select", "vllm", _vllm_topk_refuses),
     _vendor("sparse_mla", "flash_mla", _flash_mla_refuses),

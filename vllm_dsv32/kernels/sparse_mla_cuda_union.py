@@ -1,9 +1,9 @@
-"""The operation ``sparse_mla`` in CUDA C++ for prefills with 16 heads and a cache in bfloat16: four tokens at a time.
+"""Operation ``sparse_mla`` in CUDA C++ for prefills with 16 heads and a bfloat16 cache: four tokens at a time.
 
-Neighbours of a prefill select much the same keys. Those of four adjacent tokens are united, by a kernel of their own;
-each key of a union is then read and multiplied once, for the 64 rows that four tokens of 16 heads are, and has no
-weight in rows of tokens that have not selected it. Steps of few tokens, and up to three tokens that are left, are for
-Gluon.
+Neighbours of a prefill select much the same keys. Those of four adjacent tokens are united, by a kernel of their
+own; each key of a union is then read and multiplied once, for the 64 rows that four tokens of 16 heads are, and has
+no weight in rows of tokens that have not selected it. Steps of few tokens, and up to three tokens that are left,
+are for Gluon.
 """
 
 import torch
