@@ -30,7 +30,7 @@ from kernel_table.problems import (
 from kernel_table.table import Row
 from kernel_table.timing import copy_bandwidth, launches, microseconds
 from vllm_dsv32.kernels import index_logits, sparse_mla
-from vllm_dsv32.kernels.dispatch import KernelSet, Problem, explain, select_kernels
+from vllm_dsv32.kernels.dispatch import KernelSet, Problem, select_kernels
 from vllm_dsv32.kernels.selection import select
 from vllm_dsv32.layout import FP8_DS_MLA, INDEX_KEY_NBYTES, LATENT_FP8_NBYTES, is_fp8_ds_mla
 
@@ -124,10 +124,7 @@ def sparse_decode(num_heads: int, batch: int) -> Row:
 
 
 def sparse_prefill(num_heads: int, num_keys: int, overlap: float = 0.0) -> Row:
-    """Random rows of one request's keys, which L2 holds in whole or in part; neighbours share some of them.
-
-    Of ours, what is chosen by name for prefills competes too, where it can.
-    """
+    """Random rows of one request's keys, which L2 holds in whole or in part; neighbours share some of them."""
     caches = {name: cache[: num_keys // BLOCK_SIZE] for name, cache in _latent_caches().items()}
     inputs = [SparseProblem.random(PREFILL_ROWS, num_heads, num_keys, overlap)]
     schemes = {
@@ -136,8 +133,7 @@ def sparse_prefill(num_heads: int, num_keys: int, overlap: float = 0.0) -> Row:
         f"{peers.FLASH_ATTN3} bf16": ("auto", peers.flash_attn3),
     }
     point = f"{PREFILL_ROWS} x {num_keys // 1024}K"
-    row = Row(f"{point}, {overlap} shared" if overlap else point)
-    return _sparse(row, inputs, caches, schemes, by_name=("union",))
+    return _sparse(Row(f"{point}, {overlap} shared" if overlap else point), inputs, caches, schemes)
 
 
 Scheme = tuple[str, Callable[[SparseProblem, torch.Tensor, float], Callable[[], torch.Tensor]]]
@@ -145,25 +141,18 @@ Scheme = tuple[str, Callable[[SparseProblem, torch.Tensor, float], Callable[[], 
 
 
 def _sparse(
-    row: Row,
-    inputs: list[SparseProblem],
-    caches: Mapping[str, torch.Tensor],
-    schemes: Mapping[str, Scheme],
-    by_name: Sequence[str] = (),
+    row: Row, inputs: list[SparseProblem], caches: Mapping[str, torch.Tensor], schemes: Mapping[str, Scheme]
 ) -> Row:
     num_heads = inputs[0].q.shape[1]
     refusals = peers.refusals(problem(num_heads=num_heads))
     ours: Contestants = {}
     first: dict[str, torch.Tensor] = {}
     for cache_format, cache in caches.items():
-        asked = problem(cache_format, num_heads)
-        takers = {kernel.name for kernel, refusal in explain("sparse_mla", asked) if refusal is None}
-        named = [select_kernels(asked, {"sparse_mla": name}) for name in by_name if name in takers]
-        for kernels in (*named, our_kernels(cache_format, num_heads)):
-            name = f"{kernels.names['sparse_mla']} {'bf16' if cache_format == 'auto' else 'fp8'}"
-            ours[name] = [_attention(kernels, x, cache) for x in inputs]
-            first[cache_format] = ours[name][0]()
-            _compare_with_reference(row, name, inputs[0], cache, first[cache_format])
+        kernels = our_kernels(cache_format, num_heads)
+        name = f"{kernels.names['sparse_mla']} {'bf16' if cache_format == 'auto' else 'fp8'}"
+        ours[name] = [_attention(kernels, x, cache) for x in inputs]
+        first[cache_format] = ours[name][0]()
+        _compare_with_reference(row, name, inputs[0], cache, first[cache_format])
     others: Contestants = {}
     for name, (cache_format, make) in schemes.items():
         refusal = refusals.get(name.partition(" ")[0])
