@@ -4,10 +4,9 @@
 #include "ptx.cuh"
 #include "sparse_mla_bf16_block.cuh"
 #include "sparse_mla_bf16_seen.cuh"
+#include "sparse_mla_wide_softmax.cuh"
 
 namespace dsv32::wide::bf16 {
-
-using Scores = float[kTileKeys / 2];  // of a product; wgmma.cuh says what a thread has
 
 // All that the tile has.
 struct AllKeys {
@@ -19,14 +18,7 @@ struct AllKeys {
 
   // Scores of others become minus infinity. num_keys: of this tile and those that follow.
   __device__ __forceinline__ void hide_others(Scores& scores, int num_keys, int lane) {
-    if (num_keys < kTileKeys) {
-      const int left = forget_origin(num_keys);  // else the compiler would select in every tile, and not branch
-#pragma unroll
-      for (int i = 0; i < kTileKeys / 2; ++i) {
-        const int key = i / 4 * 8 + lane % 4 * 2 + i % 2;
-        scores[i] = key < left ? scores[i] : -INFINITY;
-      }
-    }
+    hide_past_last(scores, num_keys, lane);
   }
 };
 

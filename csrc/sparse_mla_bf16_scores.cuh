@@ -113,12 +113,7 @@ __device__ __forceinline__ void store_weights(Shared& shared, RoundedSoftmax& so
     scores[i] *= scale_log2;
   }
   keys.hide_others(scores, num_keys, lane);
-  float2 highest = make_float2(-INFINITY, -INFINITY);
-#pragma unroll
-  for (int i = 0; i < kTileKeys / 2; i += 4) {
-    highest.x = fmaxf(highest.x, fmaxf(scores[i], scores[i + 1]));
-    highest.y = fmaxf(highest.y, fmaxf(scores[i + 2], scores[i + 3]));
-  }
+  const float2 highest = highest_of(scores);
   // Whole numbers, so factors of sums are powers of two.
   const float2 subtracted = make_float2(grown(softmax.subtracted.x, ceilf(max_of_quad(highest.x)), kSlack),
                                         grown(softmax.subtracted.y, ceilf(max_of_quad(highest.y)), kSlack));

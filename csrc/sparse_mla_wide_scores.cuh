@@ -12,8 +12,6 @@
 
 namespace dsv32::wide {
 
-using Scores = float[kTileKeys / 2];
-
 struct ScoreTurns {
   Turn<kStages> rows;
   Turn<1> weights;
@@ -80,20 +78,8 @@ __device__ __forceinline__ float2 hand_over_weights(Shared& shared, Turn<1>& tur
     const float factor = (i % 4 < 2 ? back.x : back.y) * value_of_power(power);
     scores[i] = (rope[i] + scores[i] * factor) * scale_log2 + log2_of_power(power);
   }
-  if (num_keys < kTileKeys) {
-    const int left = forget_origin(num_keys);  // else the compiler would select in every tile, and not branch
-#pragma unroll
-    for (int i = 0; i < kTileKeys / 2; ++i) {
-      const int key = i / 4 * 8 + thread % 4 * 2 + i % 2;
-      scores[i] = key < left ? scores[i] : -INFINITY;
-    }
-  }
-  float2 highest = make_float2(-INFINITY, -INFINITY);
-#pragma unroll
-  for (int i = 0; i < kTileKeys / 2; i += 4) {
-    highest.x = fmaxf(highest.x, fmaxf(scores[i], scores[i + 1]));
-    highest.y = fmaxf(highest.y, fmaxf(scores[i + 2], scores[i + 3]));
-  }
+  hide_past_last(scores, num_keys, thread);
+  const float2 highest = highest_of(scores);
   const float2 last = softmax.subtracted;
   const float2 subtracted = make_float2(grown(last.x, max_of_quad(highest.x) - kLog2OfGreatestWeight, kSlack),
                                         grown(last.y, max_of_quad(highest.y) - kLog2OfGreatestWeight, kSlack));

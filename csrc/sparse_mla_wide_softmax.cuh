@@ -7,6 +7,32 @@
 
 namespace dsv32::wide {
 
+// Of a tile, as wgmma.cuh says what a thread has of a product: two heads, and of each eight keys two.
+using Scores = float[kTileKeys / 2];
+
+// Scores of keys that do not exist become minus infinity.
+__device__ __forceinline__ void hide_past_last(Scores& scores, int num_keys, int lane) {
+  if (num_keys < kTileKeys) {
+    const int left = forget_origin(num_keys);  // else the compiler would select in every tile, and not branch
+#pragma unroll
+    for (int i = 0; i < kTileKeys / 2; ++i) {
+      const int key = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      scores[i] = key < left ? scores[i] : -INFINITY;
+    }
+  }
+}
+
+// Of both heads, among the keys of the thread.
+__device__ __forceinline__ float2 highest_of(const Scores& scores) {
+  float2 highest = make_float2(-INFINITY, -INFINITY);
+#pragma unroll
+  for (int i = 0; i < kTileKeys / 2; i += 4) {
+    highest.x = fmaxf(highest.x, fmaxf(scores[i], scores[i + 1]));
+    highest.y = fmaxf(highest.y, fmaxf(scores[i + 2], scores[i + 3]));
+  }
+  return highest;
+}
+
 __device__ __forceinline__ float max_of_quad(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
   return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
