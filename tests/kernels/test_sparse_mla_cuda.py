@@ -108,6 +108,14 @@ def test_a_library_that_is_none(tmp_path):
     assert "cannot be loaded" in cuda_library.refusal(path)
 
 
+def test_a_library_of_other_sources(monkeypatch, tmp_path):
+    path = tmp_path / cuda_library.LIBRARY_NAME
+    path.touch()
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    monkeypatch.setattr(cuda_library, "_OPERATORS", ("not_there", "nor_this"))
+    assert "has no not_there, nor_this: it was built from other sources;" in cuda_library.refusal(path)
+
+
 @pytest.mark.parametrize("name", ["sparse_mla_fp8", "sparse_mla_fp8_wide", "sparse_mla_bf16_wide"])
 @needs_library
 def test_nothing_is_run_on_tensors_without_memory(name):

@@ -15,6 +15,15 @@ CAPABILITY = (9, 0)
 LIBRARY_NAME = "libvllm_dsv32_sm90.so"
 _PATH = Path(__file__).resolve().parents[1] / LIBRARY_NAME
 _REMEDY = "in a checkout, python csrc/build.py builds it with nvcc"
+_OPERATORS = (
+    "index_logits",
+    "slot_union",
+    "sparse_mla_bf16_union",
+    "sparse_mla_bf16_wide",
+    "sparse_mla_fp8",
+    "sparse_mla_fp8_wide",
+    "topk_select",
+)
 
 
 @cache
@@ -26,15 +35,10 @@ def refusal(path: Path = _PATH) -> str | None:
         torch.ops.load_library(path)
     except OSError as error:
         return f"{path} cannot be loaded (torch {torch.__version__}): {error}; {_REMEDY}"
-    for operator in (
-        "index_logits",
-        "sparse_mla_fp8",
-        "sparse_mla_fp8_wide",
-        "sparse_mla_bf16_wide",
-        "sparse_mla_bf16_union",
-        "slot_union",
-        "topk_select",
-    ):
+    missing = [operator for operator in _OPERATORS if not hasattr(torch.ops.vllm_dsv32, operator)]
+    if missing:
+        return f"{path} has no {', '.join(missing)}: it was built from other sources; {_REMEDY}"
+    for operator in _OPERATORS:
         torch.library.register_fake(f"vllm_dsv32::{operator}", _writes_its_arguments)
     return None
 
