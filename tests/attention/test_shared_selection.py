@@ -62,7 +62,8 @@ def test_all_ranks_have_what_one_would_have_alone(generator, size, num_tokens):
 
 
 def check(part: torch.Tensor, expected: torch.Tensor) -> None:
-    assert torch.equal(part, expected)
+    assert part.dtype == torch.float32  # what every gather takes; its bits are slots
+    assert torch.equal(part.view(torch.int32), expected.view(torch.int32))
 
 
 @pytest.mark.parametrize(

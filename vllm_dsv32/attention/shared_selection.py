@@ -36,7 +36,7 @@ class SelectionShare:
     size: int
     """Ranks of the group."""
     gather: Callable[[torch.Tensor], torch.Tensor]
-    """``[n, K]`` of each rank to ``[size * n, K]``, in the order of ranks."""
+    """float32 ``[n, K]`` of each rank to ``[size * n, K]``, in the order of ranks, to the bit."""
     worth_from: int | None
     """Tokens times keys from which on it is worth its costs; None: never."""
 
@@ -58,7 +58,9 @@ class SelectionShare:
         """Write the results of every rank's :meth:`rows` to where their tokens are in ``whole``."""
         num_tokens, k = whole.shape
         strip = _strip(num_tokens, self.size)
-        dealt = self.gather(part).view(self.size, -1, strip, k).transpose(0, 1)
+        # vLLM's all-gather through the memory that CPUs share takes floating-point numbers alone.
+        gathered = self.gather(part.view(torch.float32)).view(part.dtype)
+        dealt = gathered.view(self.size, -1, strip, k).transpose(0, 1)
         num_whole_rounds = num_tokens // (strip * self.size)
         end = num_whole_rounds * self.size * strip
         whole[:end].view(num_whole_rounds, self.size, strip, k).copy_(dealt[:num_whole_rounds])
