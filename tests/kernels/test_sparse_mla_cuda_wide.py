@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
 
 import pytest
 import torch
@@ -18,12 +17,7 @@ from kernels.sparse_mla_cuda_cases import (
     problem,
     rounded_to_float16,
 )
-from vllm_dsv32.kernels import (
-    sparse_mla,
-    sparse_mla_cuda,
-    sparse_mla_cuda_bf16_wide,
-    sparse_mla_cuda_wide,
-)
+from vllm_dsv32.kernels import sparse_mla, sparse_mla_cuda, sparse_mla_cuda_wide
 from vllm_dsv32.layout import latent_fp8_views
 
 
@@ -34,7 +28,6 @@ class Wide:
     name: str
     """Of the sources, but for what follows sparse_mla, and without _sm90."""
     operator: str
-    module: ModuleType
     problem: Callable
     decoded: Callable[[torch.Tensor], torch.Tensor]
     """The cache as products have it."""
@@ -47,11 +40,10 @@ class Wide:
         assert_near(got, sparse_mla.reference(q.float(), self.decoded(cache), slots, valid, scale))
 
 
-FP8 = Wide("sparse_mla_wide", "sparse_mla_fp8_wide", sparse_mla_cuda_wide, problem, rounded_to_float16)
+FP8 = Wide("sparse_mla_wide", "sparse_mla_fp8_wide", problem, rounded_to_float16)
 BF16 = Wide(
     "sparse_mla_bf16_wide",
     "sparse_mla_bf16_wide",
-    sparse_mla_cuda_bf16_wide,
     partial(problem, cache_format="bfloat16"),
     lambda cache: cache,
 )
@@ -105,9 +97,9 @@ def test_splits_on_cpu(monkeypatch, wide, on_cpu, num_heads, num_splits):
         on_cpu(q, cache, slots, valid, scale_log2 / LOG2_E, num_splits, results=(out, lse))
 
     monkeypatch.setattr(torch.ops.vllm_dsv32, wide.operator, operator, raising=False)
-    monkeypatch.setattr(wide.module, "split_count", lambda *_: num_splits)
+    monkeypatch.setattr(sparse_mla_cuda_wide, "split_count", lambda *_: num_splits)
     out, lse = torch.empty(*q.shape[:2], 512, dtype=torch.bfloat16), torch.empty(q.shape[:2])
-    wide.module.attend(q, cache, slots, valid, scale * LOG2_E, out, lse)
+    sparse_mla_cuda_wide.attend(q, cache, slots, valid, scale * LOG2_E, out, lse)
     wide.assert_right((out, lse), *arguments)
 
 
@@ -158,7 +150,7 @@ def test_products_overlap_and_registers_suffice(wide, tmp_path):
 @needs_hopper
 def test_counts_around_tiles_and_splits(monkeypatch, wide, num_heads, num_splits):
     if num_splits is not None:
-        monkeypatch.setattr(wide.module, "split_count", lambda *_: num_splits)
+        monkeypatch.setattr(sparse_mla_cuda_wide, "split_count", lambda *_: num_splits)
     num_valid = [0, 1, 63, 64, 65, 127, 128, 129, 139, 1000, 2047, 2048, 2048]
     arguments = wide.problem(num_heads, num_valid, 2048, 4096, device="cuda")
     out, lse = sparse_mla_cuda.sparse_mla(*arguments)

@@ -10,7 +10,7 @@ from functools import cache
 
 import torch
 
-from vllm_dsv32.kernels import cuda_library, sparse_mla_cuda_bf16_wide, sparse_mla_cuda_wide
+from vllm_dsv32.kernels import cuda_library, sparse_mla_cuda_wide
 from vllm_dsv32.layout import KV_LORA_RANK, is_fp8_ds_mla
 
 __all__ = ["HEADS", "KEYS", "MAX_HEADS", "SPLITS", "launches", "sparse_mla"]
@@ -20,7 +20,7 @@ HEADS = 16
 KEYS = 64
 """Of a tile."""
 MAX_HEADS = 32
-"""Beyond, blocks that read the same rows take longer than one that holds more heads: sparse_mla_cuda_splits."""
+"""Beyond, blocks that read the same rows take longer than one that holds more heads: sparse_mla_cuda_wide."""
 SPLITS = (1, 2, 3, 4, 5, 6, 8, 16)
 """Blocks of a cluster: kSplitCounts of csrc/sparse_mla_sm90.h. With powers of two alone, 16 or 32 clusters would
 leave half of the processors idle. More than eight blocks need the GPU's leave, which SM 90 gives."""
@@ -59,8 +59,7 @@ def sparse_mla(
     num_tokens, num_heads, _ = q.shape
     if q.dtype != torch.bfloat16:
         raise ValueError(f"sparse_mla in CUDA takes queries in bfloat16, got {q.dtype}; choose triton")
-    is_fp8 = is_fp8_ds_mla(cache)
-    if not is_fp8 and (cache.dtype != torch.bfloat16 or num_heads <= MAX_HEADS):
+    if not is_fp8_ds_mla(cache) and (cache.dtype != torch.bfloat16 or num_heads <= MAX_HEADS):
         raise ValueError(
             f"sparse_mla in CUDA takes a cache in fp8_ds_mla, or in bfloat16 with more than {MAX_HEADS} heads, "
             f"got {cache.dtype} with {num_heads}; choose gluon"
@@ -75,8 +74,7 @@ def sparse_mla(
         return out, lse
     q, topk_slot, scale_log2 = q.contiguous(), topk_slot.contiguous(), scale * _LOG2_E
     if num_heads > MAX_HEADS:
-        attend = sparse_mla_cuda_wide.attend if is_fp8 else sparse_mla_cuda_bf16_wide.attend
-        attend(q, cache, topk_slot, num_valid, scale_log2, out, lse)
+        sparse_mla_cuda_wide.attend(q, cache, topk_slot, num_valid, scale_log2, out, lse)
         return out, lse
     num_programs = -(-num_heads // HEADS)
     first = 0
