@@ -15,6 +15,7 @@
 
 #include "checks.h"
 #include "index_logits_sm90.h"
+#include "latent_pages_sm90.h"
 #include "layout.h"
 #include "slot_union_sm90.h"
 #include "sparse_mla_sm90.h"
@@ -89,6 +90,9 @@ void require_aligned(const char* op, const void* data, const char* name) {
   require(reinterpret_cast<uintptr_t>(data) % 16 == 0, op, ": ", name, ": expected data at a multiple of 16 bytes");
 }
 
+// Of a cache of latents.
+int64_t page_nbytes_of(const Tensor& cache) { return cache.stride(0) * (cache.scalar_type() == ScalarType::Byte ? 1 : 2); }
+
 void index_logits(Tensor q, Tensor weights, Tensor cache, Tensor block_table, Tensor request_ids, Tensor num_keys,
                   Tensor logits) {
   const char* op = "index_logits";
@@ -134,35 +138,38 @@ void index_logits(Tensor q, Tensor weights, Tensor cache, Tensor block_table, Te
   require(error == nullptr, op, ": ", error ? error : "");
 }
 
-// Of results, the caller says what they are like. The cache has rows of so many values of the type.
+// Rows of so many values of the type.
+void require_latent_cache(const char* op, const Tensor& cache, ScalarType type, int64_t row_size) {
+  require(cache.dim() == 3 && cache.is_cuda() && cache.scalar_type() == type && cache.size(2) == row_size &&
+              cache.stride(2) == 1 && cache.stride(1) == row_size,
+          op, ": cache: expected ", type == ScalarType::Byte ? "uint8" : "bfloat16", " [num_blocks, block_size, ",
+          row_size, "] with dense rows, got ", describe(cache));
+  const int64_t page_nbytes = page_nbytes_of(cache);
+  require(page_nbytes % 16 == 0 && reinterpret_cast<uintptr_t>(cache.data_ptr()) % 16 == 0, op,
+          ": cache: expected pages at multiples of 16 bytes, got one every ", page_nbytes);
+}
+
+// Of results, the caller says what they are like.
 SparseMlaArguments sparse_mla_arguments(const char* op, ScalarType cache_type, int64_t row_size, const Tensor& q,
                                         const Tensor& cache, const Tensor& topk_slot,
                                         const Tensor& num_valid, double scale_log2, const Tensor& out,
                                         const Tensor& lse) {
-  require(q.dim() == 3 && topk_slot.dim() == 2 && cache.dim() == 3, op,
-          ": expected q, cache and topk_slot of 3, 3 and 2 dimensions, got ", q.dim(), ", ", cache.dim(), " and ",
-          topk_slot.dim());
+  require(q.dim() == 3 && topk_slot.dim() == 2, op, ": expected q and topk_slot of 3 and 2 dimensions, got ", q.dim(),
+          " and ", topk_slot.dim());
   const int64_t num_tokens = q.size(0), num_heads = q.size(1), num_slots = topk_slot.size(1);
   require_tensor(op, q, "q", ScalarType::BFloat16, {num_tokens, num_heads, kLatentDim});
   require_aligned(op, q.data_ptr(), "q");
   require_tensor(op, topk_slot, "topk_slot", ScalarType::Int, {num_tokens, num_slots});
   require_tensor(op, num_valid, "num_valid", ScalarType::Int, {num_tokens});
-  require(cache.is_cuda() && cache.scalar_type() == cache_type && cache.size(2) == row_size && cache.stride(2) == 1 &&
-              cache.stride(1) == row_size,
-          op, ": cache: expected ", cache_type == ScalarType::Byte ? "uint8" : "bfloat16",
-          " [num_blocks, block_size, ", row_size, "] with dense rows");
-  const auto rows = static_cast<const uint8_t*>(cache.data_ptr());
-  const int64_t page_nbytes = cache.stride(0) * (cache_type == ScalarType::Byte ? 1 : 2);
-  require(page_nbytes % 16 == 0 && reinterpret_cast<uintptr_t>(rows) % 16 == 0, op,
-          ": cache: expected pages at multiples of 16 bytes, got one every ", page_nbytes);
+  require_latent_cache(op, cache, cache_type, row_size);
   return {
       .q = q.data_ptr(),
-      .cache = rows,
+      .cache = static_cast<const uint8_t*>(cache.data_ptr()),
       .topk_slot = static_cast<const int32_t*>(topk_slot.data_ptr()),
       .num_valid = static_cast<const int32_t*>(num_valid.data_ptr()),
       .out = out.data_ptr(),
       .lse = static_cast<float*>(lse.data_ptr()),
-      .page_nbytes = page_nbytes,
+      .page_nbytes = page_nbytes_of(cache),
       .scale_log2 = static_cast<float>(scale_log2),
       .num_tokens = static_cast<int>(num_tokens),
       .num_heads = static_cast<int>(num_heads),
@@ -230,10 +237,33 @@ void sparse_mla_bf16_wide(Tensor q, Tensor cache, Tensor topk_slot, Tensor num_v
 
 constexpr int64_t kUnionHeads = 64;  // four tokens of 16 heads
 constexpr int64_t kMaxUnionGroups = int64_t{1} << 19;
+constexpr int64_t kMaxPlacedSlots = int64_t{1} << 30;
 
 int64_t num_union_tiles(int64_t num_slots) { return (num_slots + 63) / 64; }
 
-void slot_union(Tensor topk_slot, Tensor num_valid, Tensor union_slot, Tensor num_union, Tensor seen) {
+// The count, then the place of each page of the cache, all in one; and the page of each place. None: no places.
+PagePlaces page_places(const char* op, const Tensor& places, const Tensor& pages, int64_t block_size) {
+  require(places.dim() == 1 && pages.dim() == 1, op, ": expected places and pages of one dimension, got ",
+          places.dim(), " and ", pages.dim());
+  require_tensor(op, places, "places", ScalarType::Int, {places.size(0)});
+  require_tensor(op, pages, "pages", ScalarType::Int, {pages.size(0)});
+  if (places.size(0) == 0) {
+    return {};
+  }
+  require(block_size >= 1 && pages.size(0) <= kMaxPlacedSlots / block_size, op, ": pages: expected at most ",
+          kMaxPlacedSlots, " slots, got ", pages.size(0), " blocks of ", block_size);
+  auto* const count = static_cast<int32_t*>(places.data_ptr());
+  return {
+      .count = count,
+      .place_of_page = count + 1,
+      .page_of_place = static_cast<int32_t*>(pages.data_ptr()),
+      .capacity = static_cast<int>(pages.size(0)),
+      .block_size = static_cast<int>(block_size),
+  };
+}
+
+void slot_union(Tensor topk_slot, Tensor num_valid, double max_share, int64_t block_size, Tensor union_slot,
+                Tensor num_union, Tensor seen, Tensor num_left, Tensor places, Tensor pages) {
   const char* op = "slot_union";
   require(topk_slot.dim() == 2 && topk_slot.size(0) % 4 == 0, op,
           ": topk_slot: expected two dimensions and tokens by four, got ", describe(topk_slot));
@@ -246,6 +276,8 @@ void slot_union(Tensor topk_slot, Tensor num_valid, Tensor union_slot, Tensor nu
   require_tensor(op, union_slot, "union_slot", ScalarType::Int, {num_groups, num_slots * 4});
   require_tensor(op, num_union, "num_union", ScalarType::Int, {num_groups});
   require_tensor(op, seen, "seen", ScalarType::Long, {num_groups, num_union_tiles(num_slots * 4), 4});
+  require_tensor(op, num_left, "num_left", ScalarType::Int, {num_groups * 4});
+  const PagePlaces of_pages = page_places(op, places, pages, block_size);
   if (num_groups == 0) {
     return;
   }
@@ -256,10 +288,40 @@ void slot_union(Tensor topk_slot, Tensor num_valid, Tensor union_slot, Tensor nu
       .union_slot = static_cast<int32_t*>(union_slot.data_ptr()),
       .num_union = static_cast<int32_t*>(num_union.data_ptr()),
       .seen = static_cast<uint64_t*>(seen.data_ptr()),
+      .num_left = static_cast<int32_t*>(num_left.data_ptr()),
+      .places = of_pages,
+      .max_share = static_cast<float>(max_share),
       .num_groups = static_cast<int>(num_groups),
       .num_slots = static_cast<int>(num_slots),
   };
   const char* error = launch_slot_union(arguments, current_stream(topk_slot.get_device_index()));
+  require(error == nullptr, op, ": ", error ? error : "");
+}
+
+void latent_pages(Tensor cache, Tensor num_valid, Tensor places, Tensor pages, Tensor latents, Tensor num_union,
+                  Tensor num_left) {
+  const char* op = "latent_pages";
+  require_latent_cache(op, cache, ScalarType::Byte, kLatentFp8Nbytes);
+  const int64_t num_blocks = cache.size(0), block_size = cache.size(1), num_groups = num_union.size(0);
+  require_tensor(op, places, "places", ScalarType::Int, {1 + num_blocks});
+  const PagePlaces of_pages = page_places(op, places, pages, block_size);
+  require_tensor(op, latents, "latents", ScalarType::BFloat16, {pages.size(0), block_size, kLatentDim});
+  require_aligned(op, latents.data_ptr(), "latents");
+  require_tensor(op, num_union, "num_union", ScalarType::Int, {num_groups});
+  require_tensor(op, num_valid, "num_valid", ScalarType::Int, {num_groups * 4});
+  require_tensor(op, num_left, "num_left", ScalarType::Int, {num_groups * 4});
+  const torch::stable::accelerator::DeviceGuard guard(cache.get_device_index());
+  const LatentPagesArguments arguments = {
+      .cache = static_cast<const uint8_t*>(cache.data_ptr()),
+      .num_valid = static_cast<const int32_t*>(num_valid.data_ptr()),
+      .places = of_pages,
+      .latents = static_cast<uint16_t*>(latents.data_ptr()),
+      .num_union = static_cast<int32_t*>(num_union.data_ptr()),
+      .num_left = static_cast<int32_t*>(num_left.data_ptr()),
+      .page_nbytes = page_nbytes_of(cache),
+      .num_groups = static_cast<int>(num_groups),
+  };
+  const char* error = launch_latent_pages(arguments, current_stream(cache.get_device_index()));
   require(error == nullptr, op, ": ", error ? error : "");
 }
 
@@ -362,8 +424,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vllm_dsv32, library) {
       "sparse_mla_bf16_wide(Tensor q, Tensor cache, Tensor topk_slot, Tensor num_valid, float scale_log2, "
       "int num_splits, Tensor(a!) out, Tensor(b!) lse) -> ()");
   library.def(
-      "slot_union(Tensor topk_slot, Tensor num_valid, Tensor(a!) union_slot, Tensor(b!) num_union, Tensor(c!) seen) "
-      "-> ()");
+      "slot_union(Tensor topk_slot, Tensor num_valid, float max_share, int block_size, Tensor(a!) union_slot, "
+      "Tensor(b!) num_union, Tensor(c!) seen, Tensor(d!) num_left, Tensor(e!) places, Tensor(f!) pages) -> ()");
+  library.def(
+      "latent_pages(Tensor cache, Tensor num_valid, Tensor places, Tensor pages, Tensor(a!) latents, "
+      "Tensor(b!) num_union, Tensor(c!) num_left) -> ()");
   library.def(
       "sparse_mla_bf16_union(Tensor q, Tensor cache, Tensor union_slot, Tensor num_union, Tensor seen, "
       "float scale_log2, Tensor(a!) out, Tensor(b!) lse) -> ()");
@@ -380,6 +445,7 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_dsv32, CUDA, library) {
   library.impl("sparse_mla_fp8_wide", TORCH_BOX(&sparse_mla_fp8_wide));
   library.impl("sparse_mla_bf16_wide", TORCH_BOX(&sparse_mla_bf16_wide));
   library.impl("slot_union", TORCH_BOX(&slot_union));
+  library.impl("latent_pages", TORCH_BOX(&latent_pages));
   library.impl("sparse_mla_bf16_union", TORCH_BOX(&sparse_mla_bf16_union));
   library.impl("topk_select", TORCH_BOX(&topk_select));
 }

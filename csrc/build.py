@@ -19,6 +19,7 @@ _SOURCES = Path(__file__).resolve().parent
 _PACKAGE = _SOURCES.parent / "vllm_dsv32"
 _KERNELS = (
     "index_logits_sm90",
+    "latent_pages_sm90",
     "sparse_mla_sm90",
     "sparse_mla_wide_sm90",
     "sparse_mla_bf16_wide_sm90",

@@ -167,6 +167,13 @@ __device__ __forceinline__ uint4 load_quad_if(bool wanted, const void* global) {
   return x;
 }
 
+// What threads of other blocks may be writing.
+__device__ __forceinline__ int32_t load_relaxed(const int32_t* global) {
+  int32_t x;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(__cvta_generic_to_global(global)) : "memory");
+  return x;
+}
+
 // From shared memory, at a multiple of 16.
 __device__ __forceinline__ uint4 load_chunk(uint32_t address) {
   uint4 x;
@@ -189,6 +196,11 @@ __device__ __forceinline__ void prefetch_bulk(const void* global, int nbytes) {
 }
 
 // ---- stores -----------------------------------------------------------------------------------------------------
+
+// What threads of other blocks may be reading.
+__device__ __forceinline__ void store_relaxed(int32_t* global, int32_t x) {
+  asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(__cvta_generic_to_global(global)), "r"(x) : "memory");
+}
 
 // To shared memory, at a multiple of 16.
 __device__ __forceinline__ void store_chunk(uint32_t address, const uint4& x) {
@@ -268,6 +280,19 @@ __device__ __forceinline__ uint32_t float16_of_high_bytes(uint32_t bytes) {
       : "=r"(pair)
       : "r"(bytes));
   return pair;
+}
+
+__device__ __forceinline__ float2 floats_of_float16(uint32_t pair) {
+  float2 x;
+  asm("{\n"
+      ".reg .b16 low, high;\n"
+      "mov.b32 {low, high}, %2;\n"
+      "cvt.f32.f16 %0, low;\n"
+      "cvt.f32.f16 %1, high;\n"
+      "}\n"
+      : "=f"(x.x), "=f"(x.y)
+      : "r"(pair));
+  return x;
 }
 
 // Beyond 65504 and half a step: infinity.

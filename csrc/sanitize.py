@@ -23,6 +23,7 @@ _CASES = (
     "sparse_mla_wide",
     "sparse_mla_bf16_wide",
     "sparse_mla_bf16_union",
+    "sparse_mla_fp8_union",
     "topk_select",
 )
 _FOUND = 9

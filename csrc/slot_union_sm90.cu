@@ -8,6 +8,7 @@
 #include <cuda_runtime.h>
 
 #include "launch.cuh"
+#include "page_places.cuh"
 #include "roles.cuh"
 #include "slot_union_table.cuh"
 
@@ -26,31 +27,58 @@ __device__ __forceinline__ int word_of(int token, int round, int warp) {
   return token * kWordsOfToken + round * kWarps + warp;
 }
 
-// Loads are on their way all at once.
-__device__ __forceinline__ void enter_slots(Shared& shared, Entries& entries, const SlotUnionArguments& p, int group,
-                                            int thread) {
-  int slots[kUnionTokens][kRounds];
+// Of each token, how many slots are valid.
+using Counts = int[kUnionTokens];
+
+__device__ __forceinline__ void load_counts(Counts& counts, const SlotUnionArguments& p, int group) {
 #pragma unroll
   for (int token = 0; token < kUnionTokens; ++token) {
-    const int row = group * kUnionTokens + token;
-    const int num_valid = min(p.num_valid[row], p.num_slots);
+    counts[token] = max(0, min(p.num_valid[group * kUnionTokens + token], p.num_slots));
+  }
+}
+
+// Of tokens from the first on, before the last. Returns how many of the slots are new. Loads are on their way all at
+// once.
+template <int kFirst, int kLast>
+__device__ __forceinline__ int enter_slots(Shared& shared, Entries& entries, const Counts& counts, const int32_t* slots,
+                                           int num_slots, int thread) {
+  int of_tokens[kLast - kFirst][kRounds];
+#pragma unroll
+  for (int token = kFirst; token < kLast; ++token) {
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
       const int index = round * kThreads + thread;
-      entries[token][round] = index < num_valid ? 0 : kNoEntry;
-      slots[token][round] = load_if(index < num_valid, p.topk_slot + static_cast<int64_t>(row) * p.num_slots + index);
+      entries[token][round] = index < counts[token] ? 0 : kNoEntry;
+      of_tokens[token - kFirst][round] = load_if(index < counts[token], slots + token * num_slots + index);
     }
   }
-  __syncthreads();  // the table is clear
+  if (kFirst == 0) {
+    __syncthreads();  // the table is clear
+  }
+  int num_new = 0;
 #pragma unroll
-  for (int token = 0; token < kUnionTokens; ++token) {
+  for (int token = kFirst; token < kLast; ++token) {
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
       if (entries[token][round] != kNoEntry) {
-        entries[token][round] = entry_of_slot(shared, slots[token][round]);
+        bool is_new;
+        entries[token][round] = entry_of_slot(shared, of_tokens[token - kFirst][round], is_new);
+        num_new += is_new;
       }
     }
   }
+  return num_new;
+}
+
+// Whether two tokens have more distinct slots than they have in a group that is just united, and half as many more.
+__device__ __forceinline__ bool share_too_little(Shared& shared, const Counts& counts, float max_share, int num_new,
+                                                 int thread) {
+  const int of_warp = __reduce_add_sync(kAllLanes, num_new);
+  if (thread % 32 == 0) {
+    atomicAdd(&shared.num_distinct, of_warp);
+  }
+  __syncthreads();
+  return shared.num_distinct > (max_share + 0.25f) * (counts[0] + counts[1]);
 }
 
 // Whose place each slot is. The token that has a slot first keeps it, and all that have it leave their bit.
@@ -84,6 +112,18 @@ __device__ __forceinline__ void share_out(Shared& shared, Entries& entries, int 
       }
     }
     __syncthreads();
+  }
+}
+
+// What the group is told. Its tokens are attended together, or each alone.
+__device__ __forceinline__ void store_counts(const SlotUnionArguments& p, const Counts& counts, int group,
+                                             int32_t num_union, int thread) {
+  if (thread == 0) {
+    p.num_union[group] = num_union;
+#pragma unroll
+    for (int token = 0; token < kUnionTokens; ++token) {
+      p.num_left[group * kUnionTokens + token] = num_union == kNotUnited ? counts[token] : -1;
+    }
   }
 }
 
@@ -133,6 +173,13 @@ __device__ __forceinline__ void store_slots(Shared& shared, const Entries& entri
   }
 }
 
+// Of slots that the block has stored.
+__device__ __forceinline__ void place_slots(const PagePlaces& places, int32_t* slots, int num_slots, int thread) {
+  for (int i = thread; i < num_slots; i += kThreads) {
+    slots[i] = placed_slot(places, slots[i]);
+  }
+}
+
 // A warp takes half of the bits of a tile, those of two threads of a quad.
 __device__ __forceinline__ void store_seen(Shared& shared, uint64_t* out, int thread) {
   const uint8_t* const seen = seen_of_places(shared);
@@ -155,20 +202,34 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) slot_union_kernel(con
   let_next_kernel_start();
   auto& shared = *reinterpret_cast<Shared*>(shared_memory());
   const int group = blockIdx.x, thread = threadIdx.x;
+  const int64_t first_slot = static_cast<int64_t>(group) * kUnionTokens * p.num_slots;
   clear_table(shared, thread);
   wait_for_last_kernel();
+  Counts counts;
+  load_counts(counts, p, group);
   Entries entries;
-  enter_slots(shared, entries, p, group, thread);
+  const int num_new = enter_slots<0, 2>(shared, entries, counts, p.topk_slot + first_slot, p.num_slots, thread);
+  if (share_too_little(shared, counts, p.max_share, num_new, thread)) {
+    store_counts(p, counts, group, kNotUnited, thread);
+    return;
+  }
+  enter_slots<2, 4>(shared, entries, counts, p.topk_slot + first_slot, p.num_slots, thread);
   share_out(shared, entries, thread);
   if (thread < 32) {
     count_places(shared, thread);
   }
   __syncthreads();
-  store_slots(shared, entries, p.union_slot + static_cast<int64_t>(group) * kUnionTokens * p.num_slots, thread);
-  if (thread == 0) {
-    p.num_union[group] = shared.num_union;
+  const int num_selected = counts[0] + counts[1] + counts[2] + counts[3];
+  if (shared.num_union > p.max_share * num_selected) {
+    store_counts(p, counts, group, kNotUnited, thread);
+    return;
   }
+  store_counts(p, counts, group, shared.num_union, thread);
+  store_slots(shared, entries, p.union_slot + first_slot, thread);
   __syncthreads();
+  if (p.places.count != nullptr) {
+    place_slots(p.places, p.union_slot + first_slot, shared.num_union, thread);
+  }
   const int num_tiles = (kUnionTokens * p.num_slots + kTileKeys - 1) / kTileKeys;
   store_seen(shared, p.seen + static_cast<int64_t>(group) * num_tiles * kUnionTokens, thread);
 }

@@ -36,6 +36,7 @@ struct Shared {
   uint32_t has_place[kWords];
   int first_place[kWords];
   int num_union;
+  int num_distinct;  // of slots of the tokens that are looked at first
 };
 static_assert(sizeof(Shared) <= (227 / kBlocksAtOnce - 1) * 1024);
 
@@ -46,6 +47,9 @@ __device__ __forceinline__ uint32_t code_of_index(int token, int index) {
 
 __device__ __forceinline__ void clear_table(Shared& shared, int thread) {
   const uint4 none = make_uint4(kNone, kNone, kNone, kNone), zeros = make_uint4(0, 0, 0, 0);
+  if (thread == 0) {
+    shared.num_distinct = 0;
+  }
   for (int i = thread; i < kCapacity / 4; i += kThreads) {
     reinterpret_cast<uint4*>(shared.slots)[i] = none;
     reinterpret_cast<uint4*>(shared.least)[i] = none;
@@ -55,13 +59,15 @@ __device__ __forceinline__ void clear_table(Shared& shared, int thread) {
   }
 }
 
-// Where a slot is, or from now on is. Which one that is depends on who comes first, and nothing that is given out does.
-__device__ __forceinline__ int entry_of_slot(Shared& shared, uint32_t slot) {
+// Where a slot is, or from now on is; then it is new. Which one that is depends on who comes first, and nothing that is
+// given out does.
+__device__ __forceinline__ int entry_of_slot(Shared& shared, uint32_t slot, bool& is_new) {
   const uint32_t hash = slot * 2654435769u;
   int entry = static_cast<int>(static_cast<uint64_t>(hash) * kCapacity >> 32);
   for (;;) {
     const uint32_t found = atomicCAS(&shared.slots[entry], kNone, slot);
     if (found == kNone || found == slot) {
+      is_new = found == kNone;
       return entry;
     }
     entry = entry + 1 == kCapacity ? 0 : entry + 1;

@@ -16,6 +16,9 @@ struct AllKeys {
 
   __device__ __forceinline__ AllKeys(Source, const SparseMlaArguments&, int, int, int) {}
 
+  // Whether nothing is given out of a work.
+  __device__ __forceinline__ static bool leave(const SparseMlaArguments&, int) { return false; }
+
   // Scores of others become minus infinity. num_keys: of this tile and those that follow.
   __device__ __forceinline__ void hide_others(Scores& scores, int num_keys, int lane) {
     hide_past_last(scores, num_keys, lane);
@@ -36,6 +39,11 @@ struct SelectedKeys {
   __device__ __forceinline__ SelectedKeys(Source source, const SparseMlaArguments& p, int index, int warp, int lane)
       : words(source), next((index * ((p.num_slots + kTileKeys - 1) / kTileKeys) * kUnionTokens + warp) * 4 + lane % 4) {
     word = load_half_if(true, words + next);
+  }
+
+  // Tokens that are not united.
+  __device__ __forceinline__ static bool leave(const SparseMlaArguments& p, int index) {
+    return p.num_valid[index] == kNotUnited;
   }
 
   // Of a tile, all bits past its last key are zero.

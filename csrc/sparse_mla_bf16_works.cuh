@@ -37,7 +37,7 @@ __device__ __forceinline__ void score_works(Shared& shared, const SparseMlaArgum
       normalisers.next();
     }
     const bool is_split = num_splits > 1;
-    if (num_keys > 0 || !is_split) {
+    if (num_keys > 0 || (!is_split && !Keys::leave(p, index))) {
       // Computed anew: during products there are no registers for it.
       const int same = forget_origin(index);
       const Work work = work_of_index<1>(p, same, num_splits);
@@ -46,6 +46,7 @@ __device__ __forceinline__ void score_works(Shared& shared, const SparseMlaArgum
   }
 }
 
+template <class Keys>
 __device__ __forceinline__ void sum_works(Shared& shared, const SparseMlaArguments& p, int num_splits, int half) {
   const int warp = warp_of_thread() % 4, lane = threadIdx.x % 32;
   Ring ring(shared, p, num_splits, half, warp, lane);
@@ -77,7 +78,7 @@ __device__ __forceinline__ void sum_works(Shared& shared, const SparseMlaArgumen
       factor = shared.normalisers[pair_of_heads(warp, lane)];
       arrive_for_warp(lane, &shared.normalisers_free);
     }
-    if (work.num_tiles > 0 || num_splits == 1) {
+    if (work.num_tiles > 0 || (num_splits == 1 && !Keys::leave(p, work.token))) {
       store_sums(sums, factor, p, work, first_row, num_splits > 1, half, warp, lane);
     }
   });
@@ -111,7 +112,7 @@ __device__ __forceinline__ void attend_works(const SparseMlaArguments& p, int nu
     score_works<Keys>(shared, p, num_splits, source);
   } else {
     give_registers<kValueRegisters>();
-    sum_works(shared, p, num_splits, warpgroup - 1);
+    sum_works<Keys>(shared, p, num_splits, warpgroup - 1);
   }
 }
 

@@ -99,6 +99,9 @@ struct Work : HeadTile<kTileHeads> {
     num_keys = min(p.num_valid[token], p.num_slots) - begin;
   }
 
+  // Of a whole token.
+  __device__ __forceinline__ bool is_passed_over() const { return num_keys < 0; }
+
   // From a tile of this block on; none or less: there is no such tile.
   __device__ __forceinline__ int keys_left(int tile) const { return num_keys - tile * keys_to_next_tile; }
 };

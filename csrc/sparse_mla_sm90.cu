@@ -54,6 +54,9 @@ __device__ __forceinline__ void sum_works(Shared& shared, const SparseMlaArgumen
   ValueTurns turns;
   for (int index = place.first_work; index < place.num_works; index += place.stride) {
     const Work work(p, place, index);
+    if (!kIsSplit && work.is_passed_over()) {
+      continue;
+    }
     Sums sums = {};
     sum_tiles(sums, turns, shared, work, warp, lane);
     if constexpr (kIsSplit) {
@@ -70,7 +73,11 @@ __device__ __forceinline__ void score_works(Shared& shared, const SparseMlaArgum
                                             int lane) {
   ScoreTurns turns;
   for (int index = place.first_work; index < place.num_works; index += place.stride) {
-    score_tiles<kIsSplit>(turns, shared, p, Work(p, place, index), warp, lane);
+    const Work work(p, place, index);
+    if (!kIsSplit && work.is_passed_over()) {
+      continue;
+    }
+    score_tiles<kIsSplit>(turns, shared, p, work, warp, lane);
   }
   if constexpr (kIsSplit) {
     let_others_join();
@@ -85,7 +92,11 @@ __device__ __forceinline__ void copy_works(Shared& shared, const SparseMlaArgume
     if (index + place.stride < place.num_works) {
       prefetch_queries(p, Work(p, place, index + place.stride), warp, lane);
     }
-    copy_tiles(turn, shared, p, Work(p, place, index), warp, lane);
+    const Work work(p, place, index);
+    if (!kIsSplit && work.is_passed_over()) {
+      continue;
+    }
+    copy_tiles(turn, shared, p, work, warp, lane);
   }
   if constexpr (kIsSplit) {
     let_others_join();

@@ -23,7 +23,8 @@ struct SparseMlaArguments {
 // Among how many blocks of a cluster the keys of a token can be split.
 constexpr int kSplitCounts[] = {1, 2, 3, 4, 5, 6, 8, 16};
 
-// Clusters that the current device runs at once are counted. Both functions return null, or what went wrong.
+// Clusters that the current device runs at once are counted. Both functions return null, or what went wrong. With one
+// split, nothing is given out for tokens of which less than no slots are valid.
 const char* launch_sparse_mla(const SparseMlaArguments& arguments, int num_splits, void* stream);
 const char* count_sparse_mla_clusters(int num_splits, int* count);
 
@@ -36,7 +37,7 @@ const char* launch_sparse_mla_wide(const SparseMlaArguments& arguments, int num_
 const char* launch_sparse_mla_bf16_wide(const SparseMlaArguments& arguments, int num_splits, void* stream);
 
 // Of four tokens of 16 heads each, as of one with 64, whose keys are what slot_union_sm90.h makes of theirs; seen comes
-// from there too.
+// from there too. Nothing is given out for tokens that are not united.
 const char* launch_sparse_mla_bf16_union(const SparseMlaArguments& arguments, const void* seen, void* stream);
 
 }  // namespace dsv32

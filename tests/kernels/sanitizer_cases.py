@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from kernels import index_logits_cases, sparse_mla_cuda_cases
+from kernels import index_logits_cases, slot_union_cases, sparse_mla_cuda_cases
 from kernels.inputs import cuda_copy
 from vllm_dsv32.kernels import (
     cuda_library,
@@ -51,13 +51,25 @@ def run_sparse_mla_bf16_wide():
 
 
 def run_sparse_mla_bf16_union():
+    counts = [0, 1, 65, 300, 0, 0, 0, 0, 512, 512, 512, 512] + [130, 64, 7, 0] * 254  # more groups than blocks
+    attend_unions(counts, 512, 2048, "bfloat16")
+
+
+def run_sparse_mla_fp8_union():
+    counts = [0, 1, 65, 300, 0, 0, 0, 0, 512, 512, 512, 512] + [130, 120, 7, 0] * 254
+    attend_unions(counts, 512, 600, "fp8_ds_mla")
+    attend_unions(counts, 512, 2048, "fp8_ds_mla")
+
+
+def attend_unions(counts, num_slots, num_rows, cache_format):
     cuda_library.require()
-    counts = [0, 1, 65, 300, 0, 0, 0, 0, 512, 512, 512, 512] + [130, 64, 7, 0] * 135  # more groups than blocks
-    q, cache, *rest, scale = sparse_mla_cuda_cases.problem(16, counts, 512, 2048, cache_format="bfloat16")
+    q, cache, *rest, scale = sparse_mla_cuda_cases.problem(
+        16, counts, num_slots, num_rows, cache_format=cache_format
+    )
     rest[0][3, :150] = rest[0][3, 150:300]  # slots that a token has again
+    num_whole = sparse_mla_cuda.num_whole_tokens(cuda_copy(q), num_slots)
     got = sparse_mla_cuda_union.sparse_mla(*map(cuda_copy, (q, cache, *rest)), scale)
-    wanted = sparse_mla.reference(q.float(), cache, *rest, scale)
-    sparse_mla_cuda_cases.assert_near([x.cpu() for x in got], wanted)
+    slot_union_cases.assert_attended([x.cpu() for x in got], q, cache, *rest, scale, num_whole)
 
 
 def run_topk_select():
@@ -97,6 +109,7 @@ RUNS = {
     "sparse_mla_wide": run_sparse_mla_wide,
     "sparse_mla_bf16_wide": run_sparse_mla_bf16_wide,
     "sparse_mla_bf16_union": run_sparse_mla_bf16_union,
+    "sparse_mla_fp8_union": run_sparse_mla_fp8_union,
     "topk_select": run_topk_select,
 }
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vllm_dsv32.errors import KernelUnavailableError
-from vllm_dsv32.kernels import cuda_library, dispatch
+from vllm_dsv32.kernels import cuda_library, dispatch, sparse_mla_cuda_union
 from vllm_dsv32.kernels.dispatch import KERNELS, OPERATIONS, Problem, explain, select_kernels
 from vllm_dsv32.kernels.vendor.libraries import is_installed
 
@@ -183,11 +183,9 @@ def test_cuda_kernels_say_what_they_do_not_take(monkeypatch, operation, change, 
         ({}, None),
         ({"num_heads": 8}, "takes 16 heads, got 8"),
         ({"topk": 2049}, "takes a top-k of at most 2048, got 2049"),
-        ({"dtype": torch.float32}, "takes the cache format auto in bfloat16, got auto in torch.float32"),
-        (
-            {"cache_format": "fp8_ds_mla"},
-            "takes the cache format auto in bfloat16, got fp8_ds_mla in torch.bfloat16",
-        ),
+        ({"dtype": torch.float32}, "takes models in bfloat16, got torch.float32"),
+        ({"cache_format": "fp8_ds_mla"}, None),
+        ({"cache_format": "fp8"}, "takes the cache formats auto and fp8_ds_mla, got fp8"),
         ({"capability": (10, 0)}, "takes compute capability 9.0, got 10.0"),
     ],
 )
@@ -197,7 +195,10 @@ def test_unions_are_attended_by_name(monkeypatch, change, words):
     assert next(refusal for row, refusal in explain("sparse_mla", problem) if row.name == "union") == words
     if words is None:
         assert select_kernels(problem).names["sparse_mla"] != "union"
-        assert select_kernels(problem, {"sparse_mla": "union"}).graph_capturable
+        chosen = select_kernels(problem, {"sparse_mla": "union"})
+        assert chosen.graph_capturable
+        assert chosen.scratch_nbytes == sparse_mla_cuda_union.SCRATCH_NBYTES
+        assert select_kernels(problem).scratch_nbytes == 0
 
 
 # Operation, name, a problem that the row takes where vLLM's libraries are, and the library that it needs.

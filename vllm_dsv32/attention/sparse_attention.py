@@ -122,8 +122,9 @@ class SparseAttention(LatentCache):
         """Take, and give back, what a batch of so many tokens takes, as vLLM measures it to size the caches."""
         num_tokens, topk = q.shape[0], self.topk_indices_buffer.shape[1]
         row = 2 * self.dims.kv_lora_rank + self.dims.rope_dim  # of the absorbed query, and of the result
-        num_scores = min(LOGITS_NBYTES // 4, num_tokens * self._max_model_len) if self._max_model_len > topk else 0
-        held = [q.new_empty((num_tokens, self.num_heads, row)), q.new_empty(num_scores, dtype=torch.float32)]
+        logits = min(LOGITS_NBYTES, 4 * num_tokens * self._max_model_len) if self._max_model_len > topk else 0
+        scratch = max(logits, self.kernels.scratch_nbytes)  # one after the other
+        held = [q.new_empty((num_tokens, self.num_heads, row)), q.new_empty(scratch, dtype=torch.uint8)]
         del held
 
     @eager_break_during_capture

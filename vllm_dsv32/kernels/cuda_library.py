@@ -17,6 +17,7 @@ _PATH = Path(__file__).resolve().parents[1] / LIBRARY_NAME
 _REMEDY = "in a checkout, python csrc/build.py builds it with nvcc"
 _OPERATORS = (
     "index_logits",
+    "latent_pages",
     "slot_union",
     "sparse_mla_bf16_union",
     "sparse_mla_bf16_wide",

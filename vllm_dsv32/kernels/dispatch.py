@@ -66,6 +66,11 @@ class Kernel:
         module, _, function = self.target.partition(":")
         return getattr(importlib.import_module(module), function)
 
+    def scratch_nbytes(self) -> int:
+        """Import the implementation; what a call of it takes and gives back, beside what grows with the tokens."""
+        module, _, _ = self.target.partition(":")
+        return getattr(importlib.import_module(module), "SCRATCH_NBYTES", 0)
+
 
 @dataclass(frozen=True)
 class KernelSet:
@@ -81,9 +86,12 @@ class KernelSet:
     """Operation to the name of what was chosen."""
     graph_capturable: bool
     """Whether all of them are."""
+    scratch_nbytes: int
+    """What a call of any of them takes and gives back, at most, beside what grows with the tokens."""
 
 
-OPERATIONS = tuple(field.name for field in fields(KernelSet) if field.name not in ("names", "graph_capturable"))
+_OF_ALL = ("names", "graph_capturable", "scratch_nbytes")
+OPERATIONS = tuple(field.name for field in fields(KernelSet) if field.name not in _OF_ALL)
 
 
 def _reference_refuses(problem: Problem) -> Refusal:
@@ -212,8 +220,10 @@ _UNION_TOPK = 2048
 
 def _union_attention_refuses(problem: Problem) -> Refusal:
     """Four tokens at a time: their heads fill a block."""
-    if problem.cache_format != "auto" or problem.dtype != torch.bfloat16:
-        return f"takes the cache format auto in bfloat16, got {problem.cache_format} in {problem.dtype}"
+    if problem.cache_format not in ("auto", FP8_DS_MLA):
+        return f"takes the cache formats auto and {FP8_DS_MLA}, got {problem.cache_format}"
+    if problem.dtype != torch.bfloat16:
+        return f"takes models in bfloat16, got {problem.dtype}"
     if problem.num_heads != _UNION_HEADS:
         return f"takes {_UNION_HEADS} heads, got {problem.num_heads}"
     if problem.topk > _UNION_TOPK:
@@ -356,6 +366,7 @@ def select_kernels(problem: Problem, overrides: Mapping[str, str] | None = None)
         **{operation: kernel.load() for operation, kernel in chosen.items()},
         names={operation: kernel.name for operation, kernel in chosen.items()},
         graph_capturable=all(kernel.graph_capturable for kernel in chosen.values()),
+        scratch_nbytes=max(kernel.scratch_nbytes() for kernel in chosen.values()),
     )
 
 

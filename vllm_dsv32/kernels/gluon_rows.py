@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
-from vllm_dsv32.layout import KV_LORA_RANK, ROPE_DIM
+from vllm_dsv32.layout import KV_LORA_RANK, LATENT_DIM, ROPE_DIM
 
 __all__ = [
     "BFLOAT16_ROW_CHUNKS",
@@ -28,7 +28,7 @@ __all__ = [
 
 LATENT = gl.constexpr(KV_LORA_RANK)
 ROPE = gl.constexpr(ROPE_DIM)
-BFLOAT16_ROW_CHUNKS = gl.constexpr((KV_LORA_RANK + ROPE_DIM) // 8)
+BFLOAT16_ROW_CHUNKS = gl.constexpr(LATENT_DIM // 8)
 
 # From Triton 3.9 on, the function has another name.
 copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared

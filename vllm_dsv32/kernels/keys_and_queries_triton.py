@@ -24,7 +24,7 @@ from vllm_dsv32.kernels.rope import RopeLayout
 from vllm_dsv32.kernels.triton_compilation import Compilation
 from vllm_dsv32.kernels.triton_dependent_launch import dependence, launch_options, wait_for_launches_before
 from vllm_dsv32.kernels.triton_device import ceil_div
-from vllm_dsv32.layout import KV_LORA_RANK, ROPE_DIM, is_fp8_ds_mla
+from vllm_dsv32.layout import KV_LORA_RANK, LATENT_DIM, is_fp8_ds_mla
 
 __all__ = ["compilations", "keys_and_queries"]
 
@@ -215,7 +215,7 @@ def keys_and_queries(
     num_heads, nope_dim, _ = w_uk_t.shape
     q_fp8 = torch.empty(index_q.shape, dtype=torch.float8_e4m3fn, device=q.device)
     weights = torch.empty((num_tokens, num_index_heads), dtype=torch.float32, device=q.device)
-    mla_q = torch.empty((num_tokens, num_heads, KV_LORA_RANK + ROPE_DIM), dtype=q.dtype, device=q.device)
+    mla_q = torch.empty((num_tokens, num_heads, LATENT_DIM), dtype=q.dtype, device=q.device)
     if num_tokens == 0:
         return mla_q, q_fp8, weights
     tiles = tiling(num_tokens, num_heads, q.dtype)

@@ -5,16 +5,16 @@ import triton.language as tl
 
 from vllm_dsv32.kernels.triton_fp8 import abs_max, amax_scale, encode_e4m3
 from vllm_dsv32.kernels.triton_rope import load_cos_sin, load_pairs, rotate_pairs, store_pairs
-from vllm_dsv32.layout import KV_LORA_RANK, LATENT_FP8_NBYTES, LATENT_GROUP_SIZE, ROPE_DIM
+from vllm_dsv32.layout import KV_LORA_RANK, LATENT_DIM, LATENT_FP8_NBYTES, LATENT_GROUP_SIZE, ROPE_DIM
 
 __all__ = ["insert_latents"]
 
-_LATENT_DIM = tl.constexpr(KV_LORA_RANK)
+_KV_LORA_RANK = tl.constexpr(KV_LORA_RANK)
 _GROUP_SIZE = tl.constexpr(LATENT_GROUP_SIZE)
 _NUM_GROUPS = tl.constexpr(KV_LORA_RANK // LATENT_GROUP_SIZE)
 _HALF = tl.constexpr(ROPE_DIM // 2)
 _FP8_ROW = tl.constexpr(LATENT_FP8_NBYTES)
-_MODEL_ROW = tl.constexpr(KV_LORA_RANK + ROPE_DIM)
+_MODEL_ROW = tl.constexpr(LATENT_DIM)
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def insert_latents(
     x = tl.load(kv_c + dims, mask=exists[:, None, None], other=1.0).to(tl.float32)
     # By each thread for its own values, as the latents are, so that none changes hands.
     norm_weight = tl.load(tl.broadcast_to(norm_weight_ptr + dims, x.shape)).to(tl.float32)
-    mean_square = tl.sum(tl.sum(x * x, axis=2), axis=1) * (1.0 / _LATENT_DIM)
+    mean_square = tl.sum(tl.sum(x * x, axis=2), axis=1) * (1.0 / _KV_LORA_RANK)
     latent = x * tl.rsqrt(mean_square + norm_eps)[:, None, None] * norm_weight
 
     first, second = load_pairs(k_pe_ptr + token * k_pe_stride, exists, _HALF, INTERLEAVED=True)
@@ -64,11 +64,11 @@ def insert_latents(
         scale = amax_scale(abs_max(latent, 2))
         code = encode_e4m3(tl.div_rn(latent, scale[:, :, None]))
         tl.store(row[:, None, None] + dims, code, mask=written[:, None, None])
-        scales = (row + _LATENT_DIM).to(tl.pointer_type(tl.float32))
+        scales = (row + _KV_LORA_RANK).to(tl.pointer_type(tl.float32))
         tl.store(scales[:, None] + tl.arange(0, _NUM_GROUPS)[None, :], scale, mask=written[:, None])
-        rope = (row + _LATENT_DIM + _NUM_GROUPS * 4).to(tl.pointer_type(tl.bfloat16))
+        rope = (row + _KV_LORA_RANK + _NUM_GROUPS * 4).to(tl.pointer_type(tl.bfloat16))
     else:
         row = page + (slot % BLOCK_SIZE) * _MODEL_ROW
         tl.store(row[:, None, None] + dims, latent, mask=written[:, None, None])
-        rope = row + _LATENT_DIM
+        rope = row + _KV_LORA_RANK
     store_pairs(rope, first, second, written, _HALF, INTERLEAVED=True)

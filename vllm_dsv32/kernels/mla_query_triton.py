@@ -4,13 +4,13 @@ import triton
 import triton.language as tl
 
 from vllm_dsv32.kernels.triton_rope import load_cos_sin, load_pairs, rotate_pairs, store_pairs
-from vllm_dsv32.layout import KV_LORA_RANK, ROPE_DIM
+from vllm_dsv32.layout import KV_LORA_RANK, LATENT_DIM, ROPE_DIM
 
 __all__ = ["absorb_mla_queries", "rotate_mla_queries"]
 
-_LATENT_DIM = tl.constexpr(KV_LORA_RANK)
+_KV_LORA_RANK = tl.constexpr(KV_LORA_RANK)
 _HALF = tl.constexpr(ROPE_DIM // 2)
-_MLA_ROW = tl.constexpr(KV_LORA_RANK + ROPE_DIM)
+_MLA_ROW = tl.constexpr(LATENT_DIM)
 _ABSORBED_DIMS = tl.constexpr(64)
 
 
@@ -37,7 +37,7 @@ def rotate_mla_queries(
     q_pe = q_ptr + token * q_stride_token + head * q_stride_head + NOPE_DIM
     first, second = load_pairs(q_pe, exists, _HALF, INTERLEAVED=True)
     first, second = rotate_pairs(first, second, cos, sin)
-    rotated = mla_q_ptr + row * _MLA_ROW + _LATENT_DIM
+    rotated = mla_q_ptr + row * _MLA_ROW + _KV_LORA_RANK
     store_pairs(rotated, first, second, exists, _HALF, INTERLEAVED=True)
 
 
@@ -62,8 +62,8 @@ def absorb_mla_queries(
 
     Programs of the same tokens follow each other by head and columns.
     """
-    column_block = program % (_LATENT_DIM // COLUMNS)
-    head_and_tokens = program // (_LATENT_DIM // COLUMNS)
+    column_block = program % (_KV_LORA_RANK // COLUMNS)
+    head_and_tokens = program // (_KV_LORA_RANK // COLUMNS)
     head = head_and_tokens % NUM_HEADS
     token = (head_and_tokens // NUM_HEADS).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     exists = token < num_tokens

@@ -13,7 +13,7 @@ import torch
 from vllm_dsv32.kernels import cuda_library, sparse_mla_cuda_wide
 from vllm_dsv32.layout import KV_LORA_RANK, is_fp8_ds_mla
 
-__all__ = ["HEADS", "KEYS", "MAX_HEADS", "SPLITS", "launches", "sparse_mla"]
+__all__ = ["HEADS", "KEYS", "MAX_HEADS", "SPLITS", "launches", "num_whole_tokens", "sparse_mla"]
 
 HEADS = 16
 """Of a block."""
@@ -85,6 +85,12 @@ def sparse_mla(
         )
         first += count
     return out, lse
+
+
+def num_whole_tokens(q: torch.Tensor, num_keys: int) -> int:
+    """Of queries of up to 16 heads, how many tokens are not split: the first ones. Others have another launch."""
+    count, num_splits = launches(q.shape[0], 1, num_keys, _concurrency(q.device))[0]
+    return count if num_splits == 1 else 0
 
 
 @cache

@@ -33,7 +33,7 @@ from vllm_dsv32.kernels.triton_latent import (
     scoring_rows,
     value_rows,
 )
-from vllm_dsv32.layout import KV_LORA_RANK, LATENT_FP8_NBYTES, ROPE_DIM, is_fp8_ds_mla
+from vllm_dsv32.layout import LATENT_DIM, LATENT_FP8_NBYTES, ROPE_DIM, is_fp8_ds_mla
 
 __all__ = ["compilations", "sparse_mla"]
 
@@ -216,7 +216,7 @@ def compilations(capability: tuple[int, int]) -> Iterator[Compilation]:
         for fp8 in (False, True):
             tiles = tiling(capability, num_heads, fp8, dtype, num_tokens=1 if split else 4096)
             values = "*bf16" if dtype == torch.bfloat16 else "*fp32"
-            row_nbytes = LATENT_FP8_NBYTES if fp8 else (KV_LORA_RANK + ROPE_DIM) * dtype.itemsize
+            row_nbytes = LATENT_FP8_NBYTES if fp8 else LATENT_DIM * dtype.itemsize
             yield Compilation(
                 name=f"sparse_mla, {num_heads} heads, {dtype}, {fp8=}, {split=}",
                 kernel=_sparse_mla_kernel,

@@ -140,6 +140,9 @@ void wait_for_chunks() {
 }
 
 inline int32_t load_if(bool wanted, const int32_t* global) { return wanted ? *global : 0; }
+// Threads change only where they wait.
+inline int32_t load_relaxed(const int32_t* global) { return *global; }
+inline void store_relaxed(int32_t* global, int32_t x) { *global = x; }
 template <class T>
 T load_aligned_if(bool wanted, const void* global) {
   if (wanted && reinterpret_cast<uintptr_t>(global) % sizeof(T)) {
@@ -253,6 +256,9 @@ inline uint32_t pack_float16(float low, float high) {
   uint32_t pair;
   std::memcpy(&pair, x, 4);
   return pair;
+}
+inline float2 floats_of_float16(uint32_t pair) {
+  return {value_of_float16(static_cast<uint16_t>(pair)), value_of_float16(static_cast<uint16_t>(pair >> 16))};
 }
 inline uint32_t multiply_pairs(uint32_t a, uint32_t b) {
   const auto of = [=](int shift) {
