@@ -10,6 +10,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 __all__ = ["KERNEL_OPTIONS", "LIBRARY_NAME", "build", "find_nvcc"]
@@ -17,16 +18,6 @@ __all__ = ["KERNEL_OPTIONS", "LIBRARY_NAME", "build", "find_nvcc"]
 LIBRARY_NAME = "libvllm_dsv32_sm90.so"
 _SOURCES = Path(__file__).resolve().parent
 _PACKAGE = _SOURCES.parent / "vllm_dsv32"
-_KERNELS = (
-    "index_logits_sm90",
-    "latent_pages_sm90",
-    "sparse_mla_sm90",
-    "sparse_mla_wide_sm90",
-    "sparse_mla_bf16_wide_sm90",
-    "sparse_mla_bf16_union_sm90",
-    "slot_union_sm90",
-    "topk_select_sm90",
-)
 _SM90 = "-gencode=arch=compute_90a,code=sm_90a"
 _OPTIONS = ("-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden")
 KERNEL_OPTIONS = (*_OPTIONS, _SM90)
@@ -56,13 +47,16 @@ def build(directory: Path = _PACKAGE, *, all_lanes_arrive: bool = False) -> Path
     torch = Path(spec.origin).parent
     directory.mkdir(parents=True, exist_ok=True)
     kernel_options = (*KERNEL_OPTIONS, _ALL_LANES_ARRIVE) if all_lanes_arrive else KERNEL_OPTIONS
-    objects = []
-    for name in _KERNELS:
-        objects.append(directory / f"{name}.o")
-        _run(nvcc, *kernel_options, "-c", str(_SOURCES / f"{name}.cu"), "-o", str(objects[-1]))
-    objects.append(directory / "bindings.o")
-    torch_options = (f"-I{torch / 'include'}", f"-DTORCH_TARGET_VERSION={_OLDEST_TORCH}")
-    _run(nvcc, *_OPTIONS, *torch_options, "-c", str(_SOURCES / "bindings.cpp"), "-o", str(objects[-1]))
+    torch_options = (*_OPTIONS, f"-I{torch / 'include'}", f"-DTORCH_TARGET_VERSION={_OLDEST_TORCH}")
+
+    def compile_one(source: Path) -> Path:
+        target = directory / f"{source.stem}.o"
+        options = kernel_options if source.suffix == ".cu" else torch_options
+        _run(nvcc, *options, "-c", str(source), "-o", str(target))
+        return target
+
+    with ThreadPoolExecutor() as pool:
+        objects = list(pool.map(compile_one, sorted((*_SOURCES.glob("*.cu"), *_SOURCES.glob("*.cpp")))))
     library = directory / LIBRARY_NAME
     _run(
         nvcc,

@@ -1,4 +1,4 @@
-// Pages of an fp8_ds_mla cache that a step reads, in bfloat16; no CUDA headers, so that the bindings need none.
+// Pages of an fp8_ds_mla cache that a step reads, in bfloat16; no CUDA headers, so that operators need none.
 #pragma once
 
 #include <cstdint>

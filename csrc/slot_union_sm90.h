@@ -1,4 +1,4 @@
-// What four adjacent tokens have selected between them; no CUDA headers, so that the bindings need none.
+// What four adjacent tokens have selected between them; no CUDA headers, so that operators need none.
 #pragma once
 
 #include <cstdint>

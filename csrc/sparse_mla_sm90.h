@@ -1,4 +1,4 @@
-// The launch of the operation sparse_mla on SM 90; no CUDA headers, so that the bindings need none.
+// The launch of the operation sparse_mla on SM 90; no CUDA headers, so that operators need none.
 #pragma once
 
 #include <cstdint>

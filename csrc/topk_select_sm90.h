@@ -1,4 +1,4 @@
-// The launch of the operation topk_select on SM 90; no CUDA headers, so that the bindings need none.
+// The launch of the operation topk_select on SM 90; no CUDA headers, so that operators need none.
 #pragma once
 
 #include <cstdint>

@@ -116,6 +116,19 @@ def test_a_library_of_other_sources(monkeypatch, tmp_path):
     assert "has no not_there, nor_this: it was built from other sources;" in cuda_library.refusal(path)
 
 
+def test_tokens_of_less_than_no_keys_are_passed_over_on_cpu(on_cpu):
+    """Where they are not split. At every place among those of a block: the first, in a row, the last."""
+    counts = [-1, 70, 0, -1, -1, 64, 3, 129, -1, -1, 0, 70, -1]
+    q, cache, slots, valid, scale = problem(16, [max(0, count) for count in counts], 130, 512)
+    counts = torch.tensor(counts, dtype=torch.int32)
+    out, lse = on_cpu(q, cache, slots, counts, scale, 1)
+    passed_over = counts < 0
+    assert bool(out[passed_over].isnan().all())
+    assert bool(lse[passed_over].isnan().all())
+    wanted = sparse_mla.reference(q.float(), cache, slots, valid, scale)
+    assert_near([x[~passed_over] for x in (out, lse)], [x[~passed_over] for x in wanted])
+
+
 @pytest.mark.parametrize("name", ["sparse_mla_fp8", "sparse_mla_fp8_wide", "sparse_mla_bf16_wide"])
 @needs_library
 def test_nothing_is_run_on_tensors_without_memory(name):
