@@ -120,11 +120,19 @@ def verify_vllm_config(vllm_config: "VllmConfig") -> None:
                 f"{name}={size} is not served: the indexer's top-k would have to be merged over ranks. "
                 "Use tensor, pipeline, data or expert parallelism."
             )
-    if vllm_config.kv_transfer_config is not None:
-        raise ConfigError(
-            "--kv-transfer-config is not served: connectors that move the cache layer by layer would not be waited "
-            "for, and attention would read pages that have not arrived. Drop the flag."
-        )
+    cache_config = vllm_config.cache_config
+    # vLLM makes a connector of the offloading size, but only after this check.
+    connectors = {
+        "--kv-transfer-config": vllm_config.kv_transfer_config,
+        "--kv-offloading-size": cache_config.kv_offloading_size,
+    }
+    for flag, value in connectors.items():
+        if value is not None:
+            raise ConfigError(
+                f"{flag} is not served: connectors that move the cache layer by layer would not be waited for, and "
+                "attention would read pages that have not arrived. Drop the flag."
+            )
+    _refuse_what_only_other_attention_reads(vllm_config)
     backend = vllm_config.attention_config.backend
     if backend is not None:
         raise ConfigError(
@@ -139,7 +147,6 @@ def verify_vllm_config(vllm_config: "VllmConfig") -> None:
             f"--dtype {dtype} is not served: DeepSeek-V3.2's activations overflow float16. "
             "Use bfloat16, or float32 for comparisons."
         )
-    cache_config = vllm_config.cache_config
     cache_config.cache_dtype = normalise_kv_cache_dtype(cache_config.cache_dtype, dtype)
 
 
@@ -223,6 +230,23 @@ def kernel_problem(vllm_config: "VllmConfig", kv_cache_dtype: str) -> Problem:
         index_head_dim=dims.index_head_dim,
         topk=dims.topk,
     )
+
+
+def _refuse_what_only_other_attention_reads(vllm_config: "VllmConfig") -> None:
+    """Settings of what the caches hold and of who reads them, which would have no effect here."""
+    attention = vllm_config.attention_config
+    ignored = {
+        "--kv-cache-dtype-skip-layers": vllm_config.cache_config.kv_cache_dtype_skip_layers,
+        "--attention-config.indexer_kv_dtype": attention.indexer_kv_dtype not in ("auto", "fp8"),
+        "--attention-config.hisparse_config": attention.hisparse_config,
+        "--attention-config.backend_per_kind": attention.backend_per_kind,
+    }
+    for flag, value in ignored.items():
+        if value:
+            raise ConfigError(
+                f"{flag} is not served: all layers have the same caches, index keys are fp8, and the sparse MLA "
+                "backend that vllm-dsv32 brings reads them. Drop the flag."
+            )
 
 
 def _required(hf_config: Any, key: str) -> Any:

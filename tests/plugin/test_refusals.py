@@ -45,6 +45,14 @@ def engine_config(path: Path, **options):
             {"kv_transfer_config": {"kv_connector": "NixlConnector", "kv_role": "kv_both"}},
             "--kv-transfer-config is not served.*Drop the flag",
         ),
+        ({"kv_offloading_size": 1.0}, "--kv-offloading-size is not served.*Drop the flag"),
+        ({"kv_cache_dtype_skip_layers": ["0"]}, "--kv-cache-dtype-skip-layers is not served.*Drop the flag"),
+        ({"attention_config": {"indexer_kv_dtype": "mxfp4"}}, "--attention-config.indexer_kv_dtype is not served"),
+        ({"attention_config": {"hisparse_config": {}}}, "--attention-config.hisparse_config is not served"),
+        (
+            {"attention_config": {"backend_per_kind": {"mla_attention": "TRITON_MLA"}}},
+            "--attention-config.backend_per_kind is not served",
+        ),
         ({"additional_config": {"vllm_dsv32": {"kernel": {}}}}, "with the keys kernels and shared_selection_from"),
         (
             {"additional_config": {"vllm_dsv32": {"shared_selection_from": "8192"}}},
