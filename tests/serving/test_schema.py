@@ -55,6 +55,14 @@ def test_types_of_an_explosive_schema_are_bounded():
     assert ToolSchema({"properties": {"p": schema}}).types_of("p") is None
 
 
+@pytest.mark.parametrize("keyword", ["allOf", "anyOf", "oneOf"])
+def test_types_of_a_deep_schema_are_any(keyword):
+    schema = {"type": "string"}
+    for _ in range(10_000):
+        schema = {keyword: [schema]}
+    assert ToolSchema({"properties": {"p": schema}}).types_of("p") is None
+
+
 @pytest.mark.parametrize("parameters", [None, [], 5, {"properties": []}, {"properties": {"p": 5}, "required": 5}])
 def test_malformed_parameters(parameters):
     schema = ToolSchema(parameters)

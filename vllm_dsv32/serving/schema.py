@@ -36,8 +36,11 @@ class ToolSchema:
     def types_of(self, name: str) -> JsonTypes | None:
         """The JSON types that the parameter may have; None if any."""
         if name not in self._types:
-            subschema = self._properties.get(name)
-            self._types[name] = _Types(self._root).of(subschema)
+            try:
+                self._types[name] = _Types(self._root).of(self._properties.get(name))
+            except RecursionError:
+                # How deep a schema may be depends on how deep the caller is in the server's stack.
+                self._types[name] = None
         return self._types[name]
 
     def may_wrap(self, name: str) -> bool:
