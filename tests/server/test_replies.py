@@ -104,6 +104,13 @@ class TestToolChoice:
         assert answer.parsed_calls() == [HANGZHOU, BEIJING]
         assert (answer.content, answer.finish_reason) == ("", "tool_calls")
 
+    def test_required_takes_over_a_call_straight_in_the_thoughts(self, replay_server: Server):
+        """The grammar starts where the call is seen for one, with a block of its own."""
+        answer = ask(replay_server, "thoughts that end in a call", thinking=True, tool_choice="required")
+        assert answer.reasoning == "The date first.\n\n<｜DSML｜function_calls>\n<｜DSML｜invoke"
+        assert len(answer.parsed_calls()) == 1
+        assert (answer.content, answer.finish_reason) == ("", "tool_calls")
+
     def test_required_holds_a_model_that_wants_to_talk_to_a_call(self, replay_server: Server):
         answer = ask(replay_server, "content", tool_choice="required")
         assert len(answer.parsed_calls()) == 1

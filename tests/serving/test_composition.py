@@ -55,6 +55,16 @@ class TestCalls:
         assert server.answer(request(tool_choice=choice), "No.") == Answer("", "No.")
 
 
+class TestForcedCalls:
+    """A call straight in the thinking: vLLM's grammar takes over at the end of its `invoke` and starts a block anew."""
+
+    @pytest.mark.parametrize("choice", ["required", NAMED], ids=str)
+    def test_what_the_grammar_breaks_off_is_thought(self, server, choice):
+        broken_off = "hm" + ONE[: ONE.index("invoke") + len("invoke")]
+        answer = server.answer(request(tool_choice=choice, **THINKING), broken_off + ONE)
+        assert answer == Answer(broken_off, "", [PARIS])
+
+
 class TestNoCalls:
     def test_choice_none_leaves_markup_as_text(self, server):
         assert server.answer(request(tool_choice="none"), "A" + ONE) == Answer("", "A" + ONE)

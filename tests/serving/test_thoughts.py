@@ -41,6 +41,11 @@ REPLIES = {
     # Only talk of one.
     "the tag": ("a <｜DSML｜function_calls> block</think>b", "a <｜DSML｜function_calls> block", "b"),
     "the tag last": ("a <｜DSML｜function_calls>", "a <｜DSML｜function_calls>", ""),
+    "an invoke without a name": (
+        "a <｜DSML｜function_calls>\n<｜DSML｜invoke></think>b",
+        "a <｜DSML｜function_calls>\n<｜DSML｜invoke>",
+        "b",
+    ),
     "an invoke": ('a <｜DSML｜invoke name="f"></think>b', 'a <｜DSML｜invoke name="f">', "b"),
     "far apart": (
         f"<｜DSML｜function_calls>{' ' * 40}<｜DSML｜invoke",
@@ -77,6 +82,7 @@ SOUP = st.lists(
             "</thi",
             "<｜DSML｜function_calls>",
             "<｜DSML｜invoke",
+            ' name="',
             "<｜DSML",
         ]
     )

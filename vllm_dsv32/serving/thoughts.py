@@ -15,6 +15,9 @@ class ThoughtSplitter:
     Thinking ends at `</think>`, or where a block of calls starts straight in it: the model called a tool and
     forgot to close its thoughts. The block and the blank line before it belong to what is said. A `<think>`
     that repeats the prompt's is dropped.
+
+    A block needs the start of a name: where vLLM forces a call, its grammar takes over at the end of `find_block`'s
+    tag, and starts with a block of its own. What it breaks off so stays thought.
     """
 
     def __init__(self, *, is_thinking: bool) -> None:
@@ -39,7 +42,7 @@ class ThoughtSplitter:
             if text.startswith(t.THINK_END, at):
                 self.is_thinking = False
                 return text[:at], text[at + len(t.THINK_END) :]
-            starts_block = _starts_block(text, at)
+            starts_block = _starts_block(text, at, t.INVOKE_START)
             if starts_block:
                 self.is_thinking = False
                 end = len(text[:at].removesuffix(t.CALLS_SEPARATOR))
@@ -61,22 +64,22 @@ class ThoughtSplitter:
 
 
 def find_block(text: str) -> int:
-    """Where the first block of calls starts in `text`; -1 if none does."""
+    """Where the first block of calls, up to its `INVOKE`, starts in `text`; -1 if none does."""
     at = text.find(t.CALLS_START)
-    while at >= 0 and not _starts_block(text, at):
+    while at >= 0 and not _starts_block(text, at, t.INVOKE):
         at = text.find(t.CALLS_START, at + 1)
     return at
 
 
-def _starts_block(text: str, at: int) -> bool | None:
-    """Whether a block of calls starts at `at`: its tag, blank space, an invoke. None if that is open yet."""
+def _starts_block(text: str, at: int, invoke: str) -> bool | None:
+    """Whether a block of calls starts at `at`: its tag, blank space, `invoke`. None if that is open yet."""
     head = text[at : at + len(t.CALLS_START)]
     if not t.CALLS_START.startswith(head):
         return False
     if head != t.CALLS_START:
         return None
-    after = text[at + len(head) : at + len(head) + _MAX_SPACE + len(t.INVOKE)].lstrip(_SPACE)
-    if after.startswith(t.INVOKE):
+    after = text[at + len(head) : at + len(head) + _MAX_SPACE + len(invoke)].lstrip(_SPACE)
+    if after.startswith(invoke):
         return True
-    is_cut = at + len(head) + _MAX_SPACE + len(t.INVOKE) > len(text)
-    return None if is_cut and t.INVOKE.startswith(after) else False
+    is_cut = at + len(head) + _MAX_SPACE + len(invoke) > len(text)
+    return None if is_cut and invoke.startswith(after) else False
