@@ -56,7 +56,7 @@ class TestCalls:
 
 
 class TestForcedCalls:
-    """A call straight in the thinking: vLLM's grammar takes over at the end of its `invoke` and starts a block anew."""
+    """A call straight in the thinking: vLLM's grammar takes over after its `invoke`, with a block of its own."""
 
     @pytest.mark.parametrize("choice", ["required", NAMED], ids=str)
     def test_what_the_grammar_breaks_off_is_thought(self, server, choice):
@@ -162,8 +162,9 @@ class TestContinuation:
     def test_answer_while_thinking(self, server):
         assert server.answer(self.continued({"content": "Once"}, **THINKING), " upon") == Answer("", " upon")
 
-    def test_thoughts(self, server):
-        chat_request = self.continued({"content": "", "reasoning": "So"}, **THINKING)
+    @pytest.mark.parametrize("content", ["", [], [{"type": "text", "text": ""}]])
+    def test_thoughts(self, server, content):
+        chat_request = self.continued({"content": content, "reasoning": "So"}, **THINKING)
         assert server.answer(chat_request, " far</think>x") == Answer(" far", "x")
 
     def test_prefix(self, server):

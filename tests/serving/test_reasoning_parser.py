@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 from transformers import TokenizersBackend
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.reasoning.deepseek_v3_reasoning_parser import DeepSeekV3ReasoningParser
 from vllm.tokenizers.hf import get_cached_tokenizer
 from vllm.v1.structured_output import ConstraintBounds, StructuredOutputManager
@@ -148,6 +149,32 @@ class TestContract:
         assert stream(thinking, "hm</think>Hi") == ["hm", "Hi"]
         assert thinking.has_engine_confirmed_reasoning_end()
         assert stream(chatting, "Hi") == ["", "Hi"]
+
+
+class TestResponsesApi:
+    @pytest.mark.parametrize(
+        ("item", "reply", "expected"),
+        [
+            (
+                {
+                    "type": "reasoning",
+                    "id": "r",
+                    "summary": [],
+                    "content": [{"type": "reasoning_text", "text": "So"}],
+                },
+                " far</think>x",
+                (" far", "x"),
+            ),
+            ({"role": "assistant", "content": "Once"}, " upon", (None, " upon")),
+        ],
+        ids=["thoughts", "answer"],
+    )
+    def test_continuation(self, tokenizer, item, reply, expected):
+        """Unstreamed, the parser does not see the prompt."""
+        items = [{"role": "user", "content": "Hi"}, item | {"status": "incomplete"}]
+        responses_request = ResponsesRequest(input=items, **THINKING)
+        parser = Dsv32ReasoningParser(tokenizer, chat_template_kwargs=template_kwargs(responses_request))
+        assert parser.extract_reasoning(reply, responses_request) == expected
 
 
 class TestStructuredOutput:

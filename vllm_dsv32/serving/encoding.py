@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm_dsv32.errors import MessageError
 from vllm_dsv32.serving import tokens as t
-from vllm_dsv32.serving.messages import ToolCall, Turn, error, is_unicode, read_message, read_tools
+from vllm_dsv32.serving.messages import ToolCall, Turn, error, is_unicode, read_message, read_text, read_tools
 
 _TOOLS_TEMPLATE = f"""## Tools
 
@@ -126,7 +126,7 @@ def ends_in_open_thinking(
         return False
     message = final_message or {}
     if continue_final_message or message.get("prefix"):
-        return final_message is not None and not message.get("content")
+        return final_message is not None and not read_text(message)
     if add_generation_prompt is None:
         return message.get("role") != "assistant"
     return add_generation_prompt

@@ -1,6 +1,6 @@
 """The reasoning parser `deepseek_v3`: DeepSeek-V3.2's own; vLLM's for the other models of that name."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from vllm.entrypoints.generate.base.protocol import DeltaMessage
@@ -173,9 +173,8 @@ class Dsv32ReasoningParser(ReasoningParser):
 
     def _prompt_ends_thinking(self, request: Any) -> bool:
         """Whether the prompt of a request that thinks ends inside the thinking."""
-        messages = getattr(request, "messages", None)
         return ends_in_open_thinking(
-            messages[-1] if messages else None,
+            _final_message(request),
             thinking=True,
             add_generation_prompt=self._template_kwargs.get("add_generation_prompt"),
             continue_final_message=bool(self._template_kwargs.get("continue_final_message")),
@@ -219,6 +218,15 @@ def _is_deepseek_v32(tokenizer: TokenizerLike, model_config: Any) -> bool:
     if isinstance(tokenizer, Dsv32Tokenizer):
         return True
     return model_config is not None and model_config.hf_config.model_type == _MODEL_TYPE
+
+
+def _final_message(request: Any) -> Mapping[str, Any] | None:
+    """The last message of a chat; of the Responses API's items, a last one that continues may be thoughts alone."""
+    if messages := getattr(request, "messages", None):
+        return messages[-1]
+    items = getattr(request, "input", None)
+    is_thought = isinstance(items, list) and bool(items) and getattr(items[-1], "type", None) == "reasoning"
+    return {"role": "assistant"} if is_thought else None
 
 
 def _is_constrained_from_the_start(request: Any) -> bool:
