@@ -1,5 +1,6 @@
 """DeepSeek sparse attention over the two caches: write, score, select, attend."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,7 @@ class SparseAttention(LatentCache):
         kv_norm: "RMSNorm",
         kv_b_proj: "ColumnParallelLinear",
         index_k_norm: torch.nn.LayerNorm,
+        derive_index_weights: Callable[[], None],
         topk_indices_buffer: torch.Tensor,
         prefix: str,
     ) -> None:
@@ -59,6 +61,8 @@ class SparseAttention(LatentCache):
             kv_norm: the latent's norm; its weight is applied on insertion.
             kv_b_proj: ``kv_lora_rank -> num_heads * (nope + v)``; absorbed after loading.
             index_k_norm: the index key's norm, applied on insertion.
+            derive_index_weights: what the indexer makes of its weights. Of all modules, vLLM tells attention layers
+                alone that weights are as they stay, at first and when a running engine gets others.
             topk_indices_buffer: int32 ``[max_num_batched_tokens, K]``, shared by all layers, each of which
                 overwrites it with slots of its own cache. vLLM points the modules of a draft model at the
                 target's buffer, so it is read anew in every step.
@@ -76,6 +80,7 @@ class SparseAttention(LatentCache):
         self.kv_b_proj = kv_b_proj
         keep_plain_weight(kv_b_proj)
         self.index_k_norm = index_k_norm
+        self._derive_index_weights = derive_index_weights
         vllm_config = get_current_vllm_config()
         problem, overrides = kernel_problem(vllm_config, self.kv_cache_dtype), kernel_overrides(vllm_config)
         self.kernels = select_kernels(problem, overrides)
@@ -116,6 +121,7 @@ class SparseAttention(LatentCache):
         w_uk_t, w_uv_t = per_head.split([dims.nope_dim, dims.v_dim], dim=1)
         set_buffer(self, "w_uk_t", w_uk_t.contiguous())
         set_buffer(self, "w_uv", w_uv_t.transpose(1, 2).contiguous())
+        self._derive_index_weights()
         self._warm_up()
 
     def _take_memory(self, q: torch.Tensor) -> None:

@@ -20,7 +20,7 @@ from vllm.model_executor.models.utils import (
 from vllm.sequence import IntermediateTensors
 
 from vllm_dsv32.config import ModelDims
-from vllm_dsv32.model.mla import Dsv32Attention, Indexer
+from vllm_dsv32.model.mla import Dsv32Attention
 from vllm_dsv32.model.weights import FUSED, load_checkpoint
 
 if TYPE_CHECKING:
@@ -160,12 +160,6 @@ class Dsv32MoEModel(torch.nn.Module, SupportsPP, DeepseekV2MixtureOfExperts):
         self.num_expert_groups = getattr(config, "n_group", 1)
         if experts:
             DeepseekV2MixtureOfExperts.extract_moe_parameters(self, experts[-1])
-
-    def process_weights_after_loading(self) -> None:
-        """Derive weights, once those of every layer are as they stay; vLLM calls it."""
-        for module in self.modules():
-            if isinstance(module, Indexer):
-                module.process_weights_after_loading()
 
     def _load(
         self,

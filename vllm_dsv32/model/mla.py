@@ -51,7 +51,7 @@ class Indexer(torch.nn.Module):
         )
         keep_plain_weight(self.weights_proj)
 
-    def process_weights_after_loading(self) -> None:
+    def join_weights(self) -> None:
         """Join ``wk`` and ``weights_proj`` into ``wk_weights_proj`` ``[D + H, hidden]``: one product for both."""
         head_weights = self.weights_proj.weight
         key = get_and_maybe_dequant_weights(self.wk, out_dtype=head_weights.dtype)
@@ -152,6 +152,7 @@ class Dsv32Attention(torch.nn.Module):
             self.kv_a_layernorm,
             self.kv_b_proj,
             self.indexer.k_norm,
+            self.indexer.join_weights,
             topk_indices_buffer,
             f"{prefix}.attn",
         )
