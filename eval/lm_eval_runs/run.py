@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -84,23 +85,21 @@ def keywords(settings: Settings, options: argparse.Namespace, model: str) -> dic
 
 
 def figures_of(settings: Settings, scores: Mapping[str, Any], num_problems: int) -> list[Figure]:
-    """The scores of a task in lm_eval's results, held to the pass marks.
+    """The scores of a task in lm_eval's results, held to the pass marks; one that is not there is missed.
 
     Args:
         settings: of the run.
         scores: "exact_match,FILTER" and "exact_match_stderr,FILTER", the latter not a number for one problem.
         num_problems: that were scored.
     """
+    given = {name for metric, _, name in (key.partition(",") for key in scores) if metric == "exact_match"}
     figures = []
-    for key, value in sorted(scores.items()):
-        metric, _, name = key.partition(",")
-        if metric != "exact_match":
-            continue
-        stderr = scores[f"exact_match_stderr,{name}"]
+    for name in sorted(given | settings.held_to.keys()):
+        stderr = scores.get(f"exact_match_stderr,{name}")
         figures.append(
             Figure(
-                metric if name == "none" else f"{metric}, {name}",
-                float(value),
+                "exact_match" if name == "none" else f"exact_match, {name}",
+                float(scores.get(f"exact_match,{name}", math.nan)),
                 stderr=float(stderr) if isinstance(stderr, (int, float)) else None,
                 samples=num_problems,
                 published=settings.published.get(name),

@@ -117,6 +117,12 @@ def test_figures_are_held_to_the_marks_of_their_settings(settings, published, pa
     assert [figure.passed for figure in (flexible, strict)] == passed
 
 
+def test_a_figure_that_lm_eval_does_not_give_is_missed():
+    scores = {"exact_match,flexible-extract": 1.0, "exact_match_stderr,flexible-extract": 0.0}
+    given, missing = figures_of(GSM8K, scores, 1319)
+    assert (given.passed, missing.name, missing.passed) == (True, "exact_match, strict-match", False)
+
+
 # Local files.
 
 
