@@ -194,6 +194,17 @@ class TestHiddenReasoning:
         assert server.stream(chat_request, "hm</think>Hi") == Answer("", "Hi")
         assert server.stream(chat_request, "hm") == Answer()
 
+    @pytest.mark.parametrize("keys", [{}, {"parallel_tool_calls": False}], ids=str)
+    def test_thoughts_that_a_grammar_admits_stay_hidden(self, server, keys):
+        """Calls are held to it, the text around them is free: a reply cut while thinking is thought."""
+        strict = WEATHER | {"function": WEATHER["function"] | {"strict": True}}
+        chat_request = request(tools=[strict], include_reasoning=False, **keys, **THINKING)
+        chat_request = server.parser(chat_request).adjust_request(chat_request)
+        assert chat_request.structured_outputs.structural_tag
+        assert server.whole(chat_request, "hm").content == ""
+        assert server.stream(chat_request, "hm") == Answer()
+        assert server.stream(chat_request, "hm</think>Hi") == Answer("", "Hi")
+
 
 def test_visible_reasoning_with_structured_output(server):
     chat_request = request(tools=(), response_format={"type": "json_object"}, **THINKING)

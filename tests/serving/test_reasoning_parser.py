@@ -176,6 +176,14 @@ class TestResponsesApi:
         parser = Dsv32ReasoningParser(tokenizer, chat_template_kwargs=template_kwargs(responses_request))
         assert parser.extract_reasoning(reply, responses_request) == expected
 
+    def test_hidden_thoughts_stay_hidden(self, tokenizer):
+        """There vLLM constrains what follows the thoughts, hidden or not."""
+        text = {"format": {"type": "json_object"}}
+        responses_request = ResponsesRequest(input="Hi", text=text, include_reasoning=False, **THINKING)
+        parser = Dsv32ReasoningParser(tokenizer, **THINKING)
+        assert parser.extract_reasoning("hm", responses_request) == ("hm", None)
+        assert parser.get_streaming_fallback_content("hm", responses_request) is None
+
 
 class TestStructuredOutput:
     """vLLM's engine core asks the parser where the grammar starts."""

@@ -1,5 +1,6 @@
 """The reasoning parser `deepseek_v3`: DeepSeek-V3.2's own; vLLM's for the other models of that name."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -230,11 +231,21 @@ def _final_message(request: Any) -> Mapping[str, Any] | None:
 
 
 def _is_constrained_from_the_start(request: Any) -> bool:
-    """Whether vLLM constrained the reply from its first token, thoughts or not.
+    """Whether vLLM held the reply to a grammar from its first token, thoughts or not.
 
-    It does so for a request that hides its reasoning, even where the prompt ends inside thinking. What the
-    grammar then produced is the answer.
+    It does so for a chat that hides its reasoning, even where the prompt ends inside thinking. What the grammar
+    then produced is the answer, unless it holds calls alone and leaves the text around them free.
     """
-    if request is None or request.include_reasoning:
+    if not getattr(request, "messages", None) or request.include_reasoning:
         return False
-    return request.extract_structured_outputs() is not None
+    constraint = request.extract_structured_outputs()
+    return constraint is not None and not _leaves_text_free(constraint.structural_tag)
+
+
+def _leaves_text_free(structural_tag: str | None) -> bool:
+    """Whether a structural tag, as JSON, begins only where the reply says one of its triggers."""
+    if structural_tag is None:
+        return False
+    tag = json.loads(structural_tag)
+    kind = tag.get("format", {})
+    return "structures" in tag or (kind.get("type") == "triggered_tags" and not kind.get("at_least_one"))
