@@ -114,6 +114,7 @@ class TestOverIds:
             ("<think>abc</think>d", 3),
             ("ab<｜DSML｜c", 5),
             ("abc" + BLOCK, 5),
+            (f"abc{BLOCK}</think>d", 5),
         ],
     )
     def test_count(self, thinking, chatting, encode, reply, count):

@@ -109,10 +109,9 @@ class Dsv32ReasoningParser(ReasoningParser):
             return 0
         ids = list(token_ids)
         first = 1 if ids[:1] == [self._think_start_id] else 0
-        if self._think_end_id in ids:
-            return ids.index(self._think_end_id) - first
-        block = self._find_block(ids, 0)
-        return (block if block >= 0 else len(ids)) - first
+        end = ids.index(self._think_end_id) if self._think_end_id in ids else len(ids)
+        block = self._find_block(ids[:end], 0)
+        return (block if block >= 0 else end) - first
 
     # Over text: for the response.
 
