@@ -239,6 +239,13 @@ def test_options_reach_the_config() -> None:
         ({"num_experts_per_tok": 5}, r"1\.\.4 .*got 5"),
         ({"topk_group": 5}, "at most n_group = 4, got 5"),
         ({"qk_rope_head_dim": 256}, "at most index_head_dim = 128, got 256"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be a whole number of at least 1, got 0"),
+        ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers must be a whole number of at least 0, got -1"),
+        ({"n_group": 0}, "n_group must be a whole number of at least 1, got 0"),
+        (
+            {"config_overrides": {"hidden_size": "256"}},
+            "hidden_size must be a whole number of at least 1, got '256'",
+        ),
         ({"config_overrides": {"vocab_size": 100}}, "320 tokens, got 100"),
         ({"config_overrides": {"hidden_size": None}}, "may not remove hidden_size"),
     ],

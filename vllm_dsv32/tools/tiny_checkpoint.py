@@ -180,6 +180,11 @@ def _check_config(config: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"config_overrides may not remove {', '.join(sorted(missing))}: the shapes follow from it"
         )
+    for size in fields(ModelSizes):
+        least = 0 if size.name in ("first_k_dense_replace", "num_nextn_predict_layers") else 1
+        value = config[size.name]
+        if not isinstance(value, int) or value < least:
+            raise ConfigError(f"{size.name} must be a whole number of at least {least}, got {value!r}")
     experts, groups = config["n_routed_experts"], config["n_group"]
     if experts % groups:
         raise ConfigError(
