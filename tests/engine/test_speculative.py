@@ -46,3 +46,14 @@ def test_greedy_output_with_drafts_is_the_plain_one(drafting_checkpoint):
         print(f"{num_drafts} drafts a step: {accepted} of {proposed} accepted")
         assert drafted == plain
         assert 0 < accepted < proposed
+
+
+def test_two_draft_layers(tmp_path):
+    options = TinyCheckpointOptions(dtype="float32", index_topk=TOPK, dense_only=True, num_nextn_predict_layers=2)
+    path = write_checkpoint(tmp_path / "two", options)
+    asked = prompts(9, 3 * TOPK)
+    with engine(path) as llm:
+        plain = [c.generated for c in complete(llm, asked, 8, prompt_logits=False)]
+    with engine(path, speculative_config={"method": "mtp", "num_speculative_tokens": 2}) as llm:
+        drafted = [c.generated for c in complete(llm, asked, 8, prompt_logits=False)]
+    assert drafted == plain

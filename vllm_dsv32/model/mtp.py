@@ -156,9 +156,11 @@ class Dsv32MTP(Dsv32MoEModel):
         Raises:
             CheckpointError: a tensor of theirs is missing, unexpected or misshapen.
         """
-        first = self.model.first_layer
+        first, *others = map(int, self.model.layers)
+        # Each layer repeats the model's own embedding; one is kept.
+        repeated = {f"model.layers.{layer}.embed_tokens.weight" for layer in others}
         return self._load(
-            weights,
+            ((name, tensor) for name, tensor in weights if name not in repeated),
             checkpoint_name=self._checkpoint_name,
             belongs_here=lambda layer: layer is not None and layer >= first,
         )
