@@ -95,7 +95,7 @@ def stages(deployment: Deployment, sizes: Mapping[str, int] = PUBLISHED) -> list
     bounds = [get_pp_indices(num_layers, stage, num_stages) for stage in range(num_stages)]
     for spec in checkpoint_tensors(sizes):
         layer = _layer_index(spec)
-        if layer is not None and layer >= num_layers and not deployment.draft:
+        if layer is not None and layer >= num_layers and not _is_drafts_own(spec, deployment):
             continue
         stage = _stage_of(spec, layer, bounds)
         nbytes[stage] += _rank_nbytes(spec, deployment)
@@ -104,6 +104,12 @@ def stages(deployment: Deployment, sizes: Mapping[str, int] = PUBLISHED) -> list
     if deployment.draft:
         cached[-1] += sizes["num_nextn_predict_layers"]
     return [Stage(weights, layers) for weights, layers in zip(nbytes, cached, strict=True)]
+
+
+def _is_drafts_own(spec: TensorSpec, deployment: Deployment) -> bool:
+    """Whether a draft layer's tensor takes memory: vLLM lets go of its head, and where it can its embedding."""
+    has_models = spec.role == "lm_head" or (spec.role == "embedding" and deployment.pipeline_parallel == 1)
+    return deployment.draft and not has_models
 
 
 def _layer_index(spec: TensorSpec) -> int | None:
