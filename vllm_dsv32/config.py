@@ -237,7 +237,7 @@ def _refuse_what_only_other_attention_reads(vllm_config: "VllmConfig") -> None:
     attention = vllm_config.attention_config
     ignored = {
         "--kv-cache-dtype-skip-layers": vllm_config.cache_config.kv_cache_dtype_skip_layers,
-        "--attention-config.indexer_kv_dtype": attention.indexer_kv_dtype not in ("auto", "fp8"),
+        "--attention-config.indexer_kv_dtype": attention.indexer_kv_dtype not in ("auto", "fp8", "fp8_e4m3"),
         "--attention-config.hisparse_config": attention.hisparse_config,
         "--attention-config.backend_per_kind": attention.backend_per_kind,
     }
