@@ -213,3 +213,19 @@ def test_schema_of_the_named_tool_is_used():
     }
     reply = block(invoke("a", parameter("x", "5", "false")), invoke("b", parameter("x", "5", "false")))
     assert whole(reply, tools).calls == [("a", '{"x": 5}'), ("b", '{"x": "5"}')]
+
+
+@pytest.mark.parametrize("as_parameter", [True, False])
+def test_values_of_any_depth_are_parsed(as_parameter):
+    """What can be read may be too deep to be written; such a value stays text, an object is no call's arguments."""
+    tools = {"run": ToolSchema({"properties": {"x": {}}})}
+    outcomes = set()
+    for depth in range(400, 1100):
+        value = "[" * depth + "]" * depth
+        reply = block(invoke("run", parameter("x", value, "false") if as_parameter else f'{{"x": {value}}}'))
+        parsed = whole(reply, tools)
+        assert parsed == stream([reply], tools)
+        (arguments,) = [arguments for _, arguments in parsed.calls] or [""]
+        assert parsed.text == ("" if arguments else reply)
+        outcomes.add(arguments.replace(value, "_"))
+    assert outcomes == ({'{"x": _}', '{"x": "_"}'} if as_parameter else {'{"x": _}', ""})

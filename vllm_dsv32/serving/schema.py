@@ -16,6 +16,8 @@ JsonTypes = frozenset[str]
 _WRAPPERS: Final = ("arguments", "input")
 # How many subschemas are read for one parameter: references may form cycles.
 _MAX_SUBSCHEMAS: Final = 256
+# Of lists and objects in a value: half of what Python takes, as the rest of the server is in its stack too.
+_MAX_DEPTH: Final = 500
 _INVALID: Final = object()
 # Made once: `json.dumps` makes an encoder for each call.
 _encode: Final = json.JSONEncoder(ensure_ascii=False).encode
@@ -90,11 +92,26 @@ def read_value(raw: str, is_string: bool | None, types: JsonTypes | None) -> Any
 
 
 def parse_json(text: str) -> Any:
-    """The value of strict JSON text (no NaN, no infinities), or a private marker if it is none."""
+    """The value of strict JSON text (no NaN, no infinities), or a private marker if it is none, or too deep."""
     try:
-        return json.loads(text, parse_constant=_reject, parse_float=_finite)
+        value = json.loads(text, parse_constant=_reject, parse_float=_finite)
     except (ValueError, RecursionError):
         return _INVALID
+    return _INVALID if _is_deep(value) else value
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether what could be read here might nest too deep to be written elsewhere in the stack."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [inner for outer in level for inner in _items(outer)]
+        if not level:
+            return False
+    return True
+
+
+def _items(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def to_json(value: Any) -> str:
