@@ -12,7 +12,7 @@ tokens and what is left beside whole groups: by the other kernel in CUDA with fp
 import torch
 
 from vllm_dsv32.kernels import cuda_library, sparse_mla_cuda, sparse_mla_gluon
-from vllm_dsv32.kernels.slot_union_cuda import GROUP, MAX_SLOTS, PLACED_NBYTES, Places, Unions, unite
+from vllm_dsv32.kernels.slot_union_cuda import GROUP, MAX_SLOTS, PLACED_NBYTES, Places, unite
 from vllm_dsv32.layout import KV_LORA_RANK, LATENT_DIM, is_fp8_ds_mla
 
 __all__ = ["HEADS", "MAX_TOKENS", "MIN_TOKENS", "SCRATCH_NBYTES", "sparse_mla"]
@@ -70,19 +70,18 @@ def sparse_mla(
         raise ValueError(f"latent cache: expected pages at multiples of 16 bytes, got one every {page_nbytes}")
     cuda_library.require()
     attend_alone = sparse_mla_cuda.sparse_mla if is_fp8 else sparse_mla_gluon.sparse_mla
-    num_united = 0
+    num_grouped = 0
     if num_tokens >= MIN_TOKENS and num_slots > 0:
-        # Else the tokens that a GPU's last, short wave is left with would wait for whole ones.
-        num_united = sparse_mla_cuda.num_whole_tokens(q, num_slots) if is_fp8 else num_tokens
-        num_united -= num_united % GROUP
-    if num_united == 0:
+        # With fp8, not those of a last wave that leaves most of the GPU idle: in splits they are over sooner.
+        num_grouped = sparse_mla_cuda.num_whole_tokens(q, num_slots) if is_fp8 else num_tokens
+        num_grouped -= num_grouped % GROUP
+    if num_grouped == 0:
         return attend_alone(q, cache, topk_slot, num_valid, scale)
     out = q.new_empty((num_tokens, num_heads, KV_LORA_RANK))
     lse = q.new_empty((num_tokens, num_heads), dtype=torch.float32)
-    attend = _attend_fp8 if is_fp8 else _attend_bf16
-    for begin in range(0, num_united, MAX_TOKENS):
-        part = slice(begin, min(begin + MAX_TOKENS, num_united))
-        attend(
+    for begin in range(0, num_grouped, MAX_TOKENS):
+        part = slice(begin, min(begin + MAX_TOKENS, num_grouped))
+        _attend_groups(
             q[part].contiguous(),
             cache,
             topk_slot[part].contiguous(),
@@ -91,13 +90,13 @@ def sparse_mla(
             out[part],
             lse[part],
         )
-    if num_united < num_tokens:
-        rest = slice(num_united, None)
+    if num_grouped < num_tokens:
+        rest = slice(num_grouped, None)
         out[rest], lse[rest] = attend_alone(q[rest], cache, topk_slot[rest], num_valid[rest], scale)
     return out, lse
 
 
-def _attend_bf16(
+def _attend_groups(
     q: torch.Tensor,
     cache: torch.Tensor,
     topk_slot: torch.Tensor,
@@ -106,38 +105,18 @@ def _attend_bf16(
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> None:
-    """Unite all: even where nothing is shared, 64 rows by a key take little longer than Gluon's 16."""
-    _attend_unions(q, cache, unite(topk_slot, num_valid, 1.0, Places.none(q.device)), scale_log2, out, lse)
-
-
-def _attend_fp8(
-    q: torch.Tensor,
-    cache: torch.Tensor,
-    topk_slot: torch.Tensor,
-    num_valid: torch.Tensor,
-    scale_log2: float,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-) -> None:
-    """Unite what shares enough. The host does not know what does: each kernel passes over what is the other's."""
-    places = Places.for_cache(cache)
-    unions = unite(topk_slot, num_valid, _MAX_FP8_SHARE, places)
-    latents = q.new_empty((len(places.pages), places.block_size, LATENT_DIM))
-    torch.ops.vllm_dsv32.latent_pages(
-        cache, num_valid, places.table, places.pages, latents, unions.num_slots, unions.num_left
-    )
-    torch.ops.vllm_dsv32.sparse_mla_fp8(q, cache, topk_slot, unions.num_left, scale_log2, 1, out, lse)
-    _attend_unions(q, latents, unions, scale_log2, out, lse)
-
-
-def _attend_unions(
-    q: torch.Tensor,
-    latents: torch.Tensor,
-    unions: Unions,
-    scale_log2: float,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-) -> None:
+    if is_fp8_ds_mla(cache):
+        # The host does not know which groups share enough: each kernel passes over what is the other's.
+        places = Places.for_cache(cache)
+        unions = unite(topk_slot, num_valid, _MAX_FP8_SHARE, places)
+        latents = q.new_empty((len(places.pages), places.block_size, LATENT_DIM))
+        torch.ops.vllm_dsv32.latent_pages(
+            cache, num_valid, places.table, places.pages, latents, unions.num_slots, unions.num_left
+        )
+        torch.ops.vllm_dsv32.sparse_mla_fp8(q, cache, topk_slot, unions.num_left, scale_log2, 1, out, lse)
+    else:
+        # All groups: even where nothing is shared, 64 rows by a key take little longer than Gluon's 16.
+        unions, latents = unite(topk_slot, num_valid, 1.0, Places.none(q.device)), cache
     rows = (len(unions.num_slots), GROUP * HEADS)
     torch.ops.vllm_dsv32.sparse_mla_bf16_union(
         q.view(*rows, -1),
