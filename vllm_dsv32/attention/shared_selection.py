@@ -46,11 +46,10 @@ class SelectionShare:
             return False
         return num_tokens * max_num_keys >= self.worth_from
 
-    def rows(self, num_tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens of this rank, int64 ``[n]``, ascending, and which of them exist, bool ``[n]``.
+    def rows(self, num_tokens: int, device: torch.device) -> torch.Tensor:
+        """The tokens of this rank, int64 ``[n]``, ascending.
 
-        n is the same on every rank: what the last round lacks is made up by the last token, which then does not
-        exist.
+        n is the same on every rank: what the last round lacks is made up by the last token, once more each time.
         """
         return _rows(self.rank, self.size, num_tokens, device)
 
@@ -75,12 +74,11 @@ def _strip(num_tokens: int, size: int) -> int:
 
 
 @lru_cache(maxsize=4)  # every layer of a step asks the same
-def _rows(rank: int, size: int, num_tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _rows(rank: int, size: int, num_tokens: int, device: torch.device) -> torch.Tensor:
     strip = _strip(num_tokens, size)
     num_rounds = -(-num_tokens // (strip * size))
     dealt = torch.arange(num_rounds * size * strip, device=device).view(num_rounds, size, strip)
-    mine = dealt[:, rank].reshape(-1)
-    return mine.clamp(max=num_tokens - 1), mine < num_tokens
+    return dealt[:, rank].reshape(-1).clamp(max=num_tokens - 1)
 
 
 def select_shared(
@@ -100,7 +98,7 @@ def select_shared(
 ) -> None:
     """See :func:`vllm_dsv32.kernels.selection.select`; called on every rank of the group, with the same batch."""
     logger.info_once("Tensor-parallel ranks share the selection of long prefills: %d ranks", share.size)
-    rows, exist = share.rows(len(topk_slot), topk_slot.device)
+    rows = share.rows(len(topk_slot), topk_slot.device)
     part = topk_slot.new_empty((len(rows), topk_slot.shape[1]))
     select(
         kernels,
@@ -109,8 +107,8 @@ def select_shared(
         index_cache,
         index_block_table,
         request_ids[rows],
-        num_keys[rows] * exist,
-        num_scored[rows] * exist,
+        num_keys[rows],
+        num_scored[rows],
         max_num_keys,
         block_table,
         block_size,
