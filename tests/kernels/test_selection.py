@@ -47,14 +47,30 @@ def test_chunks_give_what_the_whole_gives(monkeypatch, rows_at_once):
     whole = select(KERNELS, torch.Generator().manual_seed(1), NUM_KEYS, 64)
     assert [(row >= 0).sum().item() for row in whole] == [min(24, n) for n in NUM_KEYS]
     monkeypatch.setattr(selection, "LOGITS_NBYTES", 4 * 64 * rows_at_once)
-    assert torch.equal(select(KERNELS, torch.Generator().manual_seed(1), NUM_KEYS, 64), whole)
+    scored = []
+
+    def score(*arguments):
+        logits = KERNELS.index_logits(*arguments)
+        assert logits.nbytes <= selection.LOGITS_NBYTES
+        scored.extend(arguments[-2].tolist())
+        return logits
+
+    chunked = replace(KERNELS, index_logits=score)
+    assert torch.equal(select(chunked, torch.Generator().manual_seed(1), NUM_KEYS, 64), whole)
+    assert scored == [n if n > 24 else 0 for n in NUM_KEYS]
 
 
 def test_where_all_rows_are_short_nothing_is_scored(generator):
+    """Nor is there memory for it, however many they are: none is set aside where contexts cannot be longer."""
+
     def score(*_):
         raise AssertionError
 
-    slots = select(replace(KERNELS, index_logits=score), generator, [24, 3, 0], 24)
+    def choose(logits, *rest):
+        assert logits.untyped_storage().nbytes() <= 4 * 24
+        KERNELS.topk_select(logits, *rest)
+
+    slots = select(replace(KERNELS, index_logits=score, topk_select=choose), generator, [24, 3, 0], 24)
     assert slots.tolist() == [[*range(160, 160 + n), *[-1] * (24 - n)] for n in (24, 3, 0)]
 
 

@@ -57,6 +57,6 @@ def select(
                 num_scored[rows],
                 max_num_keys,
             )
-        else:  # which rows of so few keys do not read; of one pitch, for which one kernel is compiled
-            logits = weights.new_empty((topk_slot[rows].shape[0], k))[:, :max_num_keys]
+        else:  # which rows of so few keys do not read: one for all
+            logits = weights.new_empty(k).expand(topk_slot[rows].shape[0], k)[:, :max_num_keys]
         kernels.topk_select(logits, num_keys[rows], request_ids[rows], block_table, block_size, topk_slot[rows])
