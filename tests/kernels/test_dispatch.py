@@ -197,8 +197,8 @@ def test_unions_are_attended_by_name(monkeypatch, change, words):
         assert select_kernels(problem).names["sparse_mla"] != "union"
         chosen = select_kernels(problem, {"sparse_mla": "union"})
         assert chosen.graph_capturable
-        assert chosen.scratch_nbytes == sparse_mla_cuda_union.SCRATCH_NBYTES
-        assert select_kernels(problem).scratch_nbytes == 0
+        assert chosen.scratch_nbytes["sparse_mla"] == sparse_mla_cuda_union.SCRATCH_NBYTES
+        assert select_kernels(problem).scratch_nbytes["sparse_mla"] == 0
 
 
 # Operation, name, a problem that the row takes where vLLM's libraries are, and the library that it needs.

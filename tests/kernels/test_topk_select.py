@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kernels import naive
 from kernels.inputs import implementations, on_device
 from vllm_dsv32.kernels import topk_select, topk_select_triton
-from vllm_dsv32.kernels.topk_select_triton import Tiling
+from vllm_dsv32.kernels.topk_select_triton import SCRATCH_NBYTES, Tiling
 
 
 def select(kernel, logits: torch.Tensor, num_keys: list[int], k: int) -> torch.Tensor:
@@ -273,3 +273,23 @@ def test_real_sizes(monkeypatch, generator, num_split_programs):
 def test_a_larger_k_is_refused():
     with pytest.raises(ValueError, match="at most 2048, got 2049"):
         select(topk_select_triton.topk_select, torch.zeros(1, 9), [9], 2049)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)])
+def test_scratch_is_what_the_most_lists_take(monkeypatch, capability):
+    taken = []
+
+    class ListKernel:
+        def __getitem__(self, grid):
+            return lambda _logits, _num_keys, lists, counts, *_, **__: taken.append(lists.nbytes + counts.nbytes)
+
+    tiles = topk_select_triton.tiling(capability)
+    monkeypatch.setattr(topk_select_triton, "tiling", lambda _: tiles)
+    monkeypatch.setattr(topk_select_triton, "_list_kernel", ListKernel())
+    monkeypatch.setattr(topk_select_triton, "_select_kernel", {(n,): lambda *_, **__: None for n in range(5000)})
+    with torch.device("meta"):
+        for num_rows in (1, 33, 132, 264, 265, 528, 529, 1056, 4096):
+            ids, table = torch.zeros(num_rows, dtype=torch.int32), torch.zeros(1, 256, dtype=torch.int32)
+            slots = torch.zeros(num_rows, 2048, dtype=torch.int32)
+            topk_select_triton.topk_select(torch.zeros(num_rows, 16_384), ids, ids, table, 64, slots)
+    assert max(taken) == SCRATCH_NBYTES

@@ -126,11 +126,17 @@ class SparseAttention(LatentCache):
 
     def _take_memory(self, q: torch.Tensor) -> None:
         """Take, and give back, what a batch of so many tokens takes, as vLLM measures it to size the caches."""
-        num_tokens, topk = q.shape[0], self.topk_indices_buffer.shape[1]
-        row = 2 * self.dims.kv_lora_rank + self.dims.rope_dim  # of the absorbed query, and of the result
+        dims, num_tokens, topk = self.dims, q.shape[0], self.topk_indices_buffer.shape[1]
+        row = 2 * dims.kv_lora_rank + dims.rope_dim  # of the absorbed query, and of the result
+        index_nbytes = num_tokens * dims.num_index_heads * (dims.index_head_dim + 4)  # of its queries and weights
         logits = min(LOGITS_NBYTES, 4 * num_tokens * self._max_model_len) if self._max_model_len > topk else 0
-        scratch = max(logits, self.kernels.scratch_nbytes)  # one after the other
-        held = [q.new_empty((num_tokens, self.num_heads, row)), q.new_empty(scratch, dtype=torch.uint8)]
+        scratch = self.kernels.scratch_nbytes
+        held = [
+            q.new_empty((num_tokens, self.num_heads, row)),
+            q.new_empty(index_nbytes, dtype=torch.uint8),
+            # One after the other.
+            q.new_empty(max(logits + scratch["topk_select"], scratch["sparse_mla"]), dtype=torch.uint8),
+        ]
         del held
 
     @eager_break_during_capture

@@ -86,8 +86,8 @@ class KernelSet:
     """Operation to the name of what was chosen."""
     graph_capturable: bool
     """Whether all of them are."""
-    scratch_nbytes: int
-    """What a call of any of them takes and gives back, at most, beside what grows with the tokens."""
+    scratch_nbytes: Mapping[str, int]
+    """Operation to what a call of it takes and gives back, at most, beside what grows with the tokens."""
 
 
 _OF_ALL = ("names", "graph_capturable", "scratch_nbytes")
@@ -366,7 +366,7 @@ def select_kernels(problem: Problem, overrides: Mapping[str, str] | None = None)
         **{operation: kernel.load() for operation, kernel in chosen.items()},
         names={operation: kernel.name for operation, kernel in chosen.items()},
         graph_capturable=all(kernel.graph_capturable for kernel in chosen.values()),
-        scratch_nbytes=max(kernel.scratch_nbytes() for kernel in chosen.values()),
+        scratch_nbytes={operation: kernel.scratch_nbytes() for operation, kernel in chosen.items()},
     )
 
 

@@ -13,7 +13,16 @@ import torch
 
 from vllm_dsv32.kernels import cuda_library, topk_select_triton
 
-__all__ = ["CAPACITY", "CLUSTER_SIZES", "LONG_ROW", "MAX_TOPK", "MAX_WAVES", "cluster_size", "topk_select"]
+__all__ = [
+    "CAPACITY",
+    "CLUSTER_SIZES",
+    "LONG_ROW",
+    "MAX_TOPK",
+    "MAX_WAVES",
+    "SCRATCH_NBYTES",
+    "cluster_size",
+    "topk_select",
+]
 
 MAX_TOPK = 2048
 CAPACITY = 8192
@@ -24,6 +33,8 @@ MAX_WAVES = 2
 """Rows for each multiprocessor; more are left to Triton."""
 LONG_ROW = 32768
 """Keys; from so many on no number of rows is."""
+SCRATCH_NBYTES = topk_select_triton.SCRATCH_NBYTES
+"""Of what is left to Triton."""
 
 _KEYS_OF_BLOCK = 12288
 """The fewest that are worth a block of their own: dividing a row costs barriers among the blocks."""

@@ -24,10 +24,13 @@ from vllm_dsv32.kernels.triton_dependent_launch import dependence, launch_option
 from vllm_dsv32.kernels.triton_topk import columns, cut, highest, keys_of, num_before, places
 from vllm_dsv32.kernels.triton_topk_list import list_part, load_list, load_row, shortlist
 
-__all__ = ["Tiling", "compilations", "tiling", "topk_select"]
+__all__ = ["SCRATCH_NBYTES", "Tiling", "compilations", "tiling", "topk_select"]
 
 _MAX_TOPK = 2048
 """DeepSeek's, for which lists fit the registers."""
+_NUM_PROGRAMS = 1056
+SCRATCH_NBYTES = _NUM_PROGRAMS * 4 * (2 * 4 * _MAX_TOPK + 1)
+"""What a call takes and gives back, at most: lists, and how long they are."""
 _MIN_CAPACITY = 16
 
 
@@ -81,7 +84,7 @@ def tiling(capability: tuple[int, int] | None) -> Tiling:
     return Tiling(
         tile=2048,
         sample=2048,
-        num_programs=1056,
+        num_programs=_NUM_PROGRAMS,
         num_split_programs=528,
         splits=(16, 8, 4, 2),
         num_lone_rows=132,
