@@ -175,6 +175,16 @@ def test_a_query_that_is_nan_spoils_no_others(kernel, generator, tokens):
     assert mla_q.isnan().sum() == 512
 
 
+@implementations_of_part(MlaQueries)
+def test_what_is_rotated_is_not_absorbed(kernel, generator):
+    """Behind the 80 values that are, the programs' last 64 go on."""
+    q = torch.randn(3, 2, 80 + 64, generator=generator).bfloat16()
+    q[..., 80:] = torch.nan
+    mla_q = kernel(MlaQueries(q, torch.ones(2, 80, 512).bfloat16()), torch.arange(3), cos_sin_cache())
+    assert not mla_q[..., :512].isnan().any()
+    assert mla_q[..., 512:].isnan().all()
+
+
 @implementations("mla_output")
 def test_mla_output_into_part_of_a_tensor(kernel, generator):
     """Rows behind it are padding, columns beside it another's."""

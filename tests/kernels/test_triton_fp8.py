@@ -108,6 +108,14 @@ def test_scales_are_those_of_torch(generator):
     assert torch.equal(reciprocal, 1 / power)
 
 
+def test_scales_of_nan_are_nan():
+    """Whatever its bits: codes of NaN are decoded as numbers where GPUs know no fp8."""
+    amax = torch.tensor([0x7FC00000, 0x7F800001, 0x7FFFFFFF, 0x7FE00000], dtype=torch.int32).view(torch.float32)
+    scales = [torch.zeros_like(amax) for _ in range(3)]
+    launch(_scales_kernel, amax, *scales, size=4)
+    assert all(bool(scale.isnan().all()) for scale in scales)
+
+
 @pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf, 3.0])
 def test_reductions_pass_nan_on(value):
     x = torch.tensor([[0.5, -2.0, value, 0.0], [0.5, -2.0, 1.0, 0.0]])
