@@ -38,7 +38,6 @@ void sparse_mla_wide(const char* op, LaunchWide launch, ScalarType cache_type, i
           ", got ", num_splits);
   const SparseMlaArguments arguments =
       sparse_mla_arguments(op, cache_type, row_size, q, cache, topk_slot, num_valid, scale_log2, out, lse);
-  require_aligned(op, q.data_ptr(), "q");
   const int64_t num_tokens = q.size(0), num_heads = q.size(1);
   if (num_splits == 1) {
     require_tensor(op, out, "out", ScalarType::BFloat16, {num_tokens, num_heads, kKvLoraRank});

@@ -205,8 +205,6 @@ _CUDA_BFLOAT16_HEADS = 33
 
 
 def _cuda_attention_refuses(problem: Problem) -> Refusal:
-    if problem.cache_format not in ("auto", FP8_DS_MLA):
-        return f"takes the cache formats auto and {FP8_DS_MLA}, got {problem.cache_format}"
     if problem.dtype != torch.bfloat16:
         return f"takes models in bfloat16, got {problem.dtype}"
     if problem.cache_format == "auto" and problem.num_heads < _CUDA_BFLOAT16_HEADS:
@@ -220,8 +218,6 @@ _UNION_TOPK = 2048
 
 def _union_attention_refuses(problem: Problem) -> Refusal:
     """Four tokens at a time: their heads fill a block."""
-    if problem.cache_format not in ("auto", FP8_DS_MLA):
-        return f"takes the cache formats auto and {FP8_DS_MLA}, got {problem.cache_format}"
     if problem.dtype != torch.bfloat16:
         return f"takes models in bfloat16, got {problem.dtype}"
     if problem.num_heads != _UNION_HEADS:
