@@ -63,12 +63,9 @@ const char* launch_index_logits(const IndexLogitsArguments& arguments, void* str
   if (error != nullptr) {
     return error;
   }
-  int device = 0, num_multiprocessors = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device);
   // Each row may be of another request.
   const int64_t most_tiles = static_cast<int64_t>(arguments.num_rows) * count_tiles(arguments.length, kTileKeys);
-  const int num_blocks = static_cast<int>(std::min<int64_t>(num_multiprocessors, most_tiles));
+  const int num_blocks = static_cast<int>(std::min<int64_t>(num_multiprocessors(), most_tiles));
   const ClusterShape shape = {1, kNumThreads, static_cast<int>(sizeof(Shared))};
   return launch_clusters(index_logits_kernel, shape, num_blocks, stream, problem);
 }

@@ -115,11 +115,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) latent_pages_kernel(c
 
 const char* launch_latent_pages(const LatentPagesArguments& arguments, void* stream) {
   using namespace latent_pages;
-  int device = 0, num_multiprocessors = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  return launch_clusters(latent_pages_kernel, ClusterShape{1, kThreads, 0}, num_multiprocessors * kBlocksAtOnce, stream,
-                         arguments);
+  const int num_blocks = num_multiprocessors() * kBlocksAtOnce;
+  return launch_clusters(latent_pages_kernel, ClusterShape{1, kThreads, 0}, num_blocks, stream, arguments);
 }
 
 }  // namespace dsv32

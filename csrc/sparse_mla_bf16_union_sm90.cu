@@ -25,11 +25,8 @@ __global__ void __launch_bounds__(kNumThreads, 1)
 
 const char* launch_sparse_mla_bf16_union(const SparseMlaArguments& arguments, const void* seen, void* stream) {
   using namespace wide::bf16;
-  int device = 0, num_multiprocessors = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device);
   const ClusterShape shape = {1, kNumThreads, static_cast<int>(sizeof(Shared))};
-  const int num_blocks = std::min(arguments.num_tokens, num_multiprocessors);
+  const int num_blocks = std::min(arguments.num_tokens, num_multiprocessors());
   return launch_clusters(sparse_mla_bf16_union_kernel, shape, num_blocks, stream, arguments,
                          static_cast<const uint16_t*>(seen));
 }

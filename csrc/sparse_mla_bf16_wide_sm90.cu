@@ -27,11 +27,8 @@ __global__ void __launch_bounds__(kNumThreads, 1)
 
 const char* launch_sparse_mla_bf16_wide(const SparseMlaArguments& arguments, int num_splits, void* stream) {
   using namespace wide::bf16;
-  int device = 0, num_multiprocessors = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device);
   const ClusterShape shape = {1, kNumThreads, static_cast<int>(sizeof(Shared))};
-  const int num_blocks = std::min(wide::num_works<1>(arguments, num_splits), num_multiprocessors);
+  const int num_blocks = std::min(wide::num_works<1>(arguments, num_splits), num_multiprocessors());
   return launch_clusters(sparse_mla_bf16_wide_kernel, shape, num_blocks, stream, arguments, num_splits);
 }
 

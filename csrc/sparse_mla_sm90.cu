@@ -149,10 +149,7 @@ ClusterShape cluster_of(int num_splits) { return {num_splits, kNumThreads, stati
 
 const char* launch_sparse_mla(const SparseMlaArguments& arguments, int num_splits, void* stream) {
   const int num_works = arguments.num_tokens * num_head_tiles(arguments.num_heads, kTileHeads);
-  int device = 0, num_multiprocessors = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  const int num_blocks = num_splits > 1 ? num_works * num_splits : std::min(num_works, num_multiprocessors);
+  const int num_blocks = num_splits > 1 ? num_works * num_splits : std::min(num_works, num_multiprocessors());
   return launch_clusters(kernel_of(num_splits), cluster_of(num_splits), num_blocks, stream, arguments, num_splits);
 }
 

@@ -125,10 +125,7 @@ template <int kBlocks>
 const char* launch(const SparseMlaArguments& arguments, int num_splits, void* stream) {
   const int num_works =
       arguments.num_tokens * num_head_tiles(arguments.num_heads, kTileHeads) / kBlocks * num_splits;
-  int device = 0, num_multiprocessors = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  const int num_clusters = std::min(num_works, std::max(1, num_multiprocessors / kBlocks));
+  const int num_clusters = std::min(num_works, std::max(1, num_multiprocessors() / kBlocks));
   const ClusterShape shape = {kBlocks, kNumThreads, static_cast<int>(sizeof(Shared))};
   return launch_clusters(sparse_mla_fp8_wide_kernel<kBlocks>, shape, num_clusters * kBlocks, stream, arguments,
                          num_splits);

@@ -94,7 +94,12 @@ def test_slots_are_of_the_latent_cache(generator):
 
 def test_warming_up_covers_decode_speculation_and_prefill(monkeypatch):
     """With the references; no GPU is needed to see which batches are run, and that the inputs fit the contracts."""
-    prepared, scored, attended = [], [], []
+    described, prepared, scored, attended = [], [], [], []
+
+    def describe(query_start_loc, seq_lens, topk, *per_token):
+        KERNELS.token_keys(query_start_loc, seq_lens, topk, *per_token)
+        described.append([int(x) for x in per_token])
+        assert all(x.data_ptr() % 16 == 0 for x in per_token)
 
     def prepare(positions, table, layout, latents, index_keys, *queries):
         assert layout is RopeLayout.INTERLEAVED
@@ -117,15 +122,18 @@ def test_warming_up_covers_decode_speculation_and_prefill(monkeypatch):
     monkeypatch.setattr(
         warmup,
         "select_kernels",
-        lambda *_: replace(KERNELS, keys_and_queries=prepare, index_logits=score, sparse_mla=attend),
+        lambda *_: replace(
+            KERNELS, token_keys=describe, keys_and_queries=prepare, index_logits=score, sparse_mla=attend
+        ),
     )
-    for name in ("_prepare", "_select", "_attend"):
+    for name in ("_describe", "_prepare", "_select", "_attend"):
         run = getattr(warmup, name)
         monkeypatch.setattr(warmup, name, lambda kernels, _, *shape, run=run: run(kernels, ON_A_CPU, *shape))
     with loading(torch.bfloat16):
         warmup.warm_up.__wrapped__(
             replace(ON_A_CPU, device_type="cuda"), (), 32, 100, 40, 6, 96, RopeLayout.INTERLEAVED
         )
+    assert described == [[0, 1, 0, 1]]
     assert prepared == [1, 2, 4, 8, 16, 32, 40]
     shapes = [(1, 1), (1, 1), (2, 2), (1, 2), (4, 4), (1, 4), (1, 8), (1, 16), (1, 32), (1, 40)]
     assert scored == [

@@ -49,6 +49,7 @@ def warm_up(
     if problem.device_type != "cuda":
         return
     kernels = select_kernels(problem, dict(overrides))
+    _describe(kernels, problem)
     for num_tokens in _doubling(max_num_tokens):
         _prepare(kernels, problem, block_size, num_tokens, nope_dim, index_rope_layout)
     for num_requests, num_tokens in _batches(max_num_tokens, max_num_requests):
@@ -76,6 +77,15 @@ def _doubling(end: int) -> Iterator[int]:
         yield number
         number *= 2
     yield end
+
+
+def _describe(kernels: KernelSet, problem: Problem) -> None:
+    """Of one request; any batch has the same kernel."""
+    device = torch.device(problem.device_type)
+    request = torch.ones(1, dtype=torch.int32, device=device)
+    # As in a batch's buffer, each begins at a multiple of 16 bytes.
+    per_token = torch.empty((4, 4), dtype=torch.int32, device=device)[:, :1]
+    kernels.token_keys(torch.arange(2, dtype=torch.int32, device=device), request, problem.topk, *per_token)
 
 
 def _prepare(
