@@ -6,8 +6,6 @@
 // A warp has a row: 256 latents by all lanes, then the other 256, then what is rotated.
 #include <cuda_runtime.h>
 
-#include <algorithm>
-
 #include "bfloat16_pairs.cuh"
 #include "latent_pages_sm90.h"
 #include "launch.cuh"
