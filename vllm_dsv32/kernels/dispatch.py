@@ -308,6 +308,13 @@ KERNELS: list[Kernel] = [
     _triton("index_logits"),
     _cuda("topk_select", _cuda_topk_refuses),
     _triton("topk_select", _triton_topk_refuses),
+    Kernel(
+        operation="sparse_mla",
+        name="union",
+        target="vllm_dsv32.kernels.sparse_mla_cuda_union:sparse_mla",
+        refuse=_union_attention_refuses,
+        graph_capturable=True,
+    ),
     _cuda("sparse_mla", _cuda_attention_refuses),
     _gluon("sparse_mla", _gluon_sparse_mla_refuses),
     _triton("sparse_mla"),
@@ -319,14 +326,6 @@ KERNELS: list[Kernel] = [
         graph_capturable=True,
     ),
     *(_reference(operation) for operation in OPERATIONS),
-    Kernel(
-        operation="sparse_mla",
-        name="union",
-        target="vllm_dsv32.kernels.sparse_mla_cuda_union:sparse_mla",
-        refuse=_union_attention_refuses,
-        graph_capturable=True,
-        by_name_only=True,  # until it has been timed
-    ),
     _vendor("index_logits", "deep_gemm", _deep_gemm_refuses),
     _vendor("topk_select", "vllm", _vllm_topk_refuses),
     _vendor("sparse_mla", "flash_mla", _flash_mla_refuses),
