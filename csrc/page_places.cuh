@@ -14,7 +14,7 @@ constexpr int kPlaceComes = -1;
 __device__ __forceinline__ int32_t placed_slot(const PagePlaces& places, int32_t slot) {
   const unsigned page = static_cast<unsigned>(slot) / static_cast<unsigned>(places.block_size);
   int32_t* const entry = places.place_of_page + page;
-  int place = load_relaxed(entry);
+  int place = load_cached(entry);  // a place stays what it is; if it is none yet, it is looked for where it is given
   if (place == kNoPlace && atomicCAS(entry, kNoPlace, kPlaceComes) == kNoPlace) {
     place = atomicAdd(places.count, 1) + 1;
     if (place <= places.capacity) {

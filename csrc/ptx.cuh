@@ -174,6 +174,13 @@ __device__ __forceinline__ int32_t load_relaxed(const int32_t* global) {
   return x;
 }
 
+// As a multiprocessor's own cache may have it: what it was at some time since the kernel started.
+__device__ __forceinline__ int32_t load_cached(const int32_t* global) {
+  int32_t x;
+  asm volatile("ld.global.ca.s32 %0, [%1];" : "=r"(x) : "l"(__cvta_generic_to_global(global)) : "memory");
+  return x;
+}
+
 // From shared memory, at a multiple of 16.
 __device__ __forceinline__ uint4 load_chunk(uint32_t address) {
   uint4 x;

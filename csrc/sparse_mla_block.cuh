@@ -106,4 +106,16 @@ struct Work : HeadTile<kTileHeads> {
   __device__ __forceinline__ int keys_left(int tile) const { return num_keys - tile * keys_to_next_tile; }
 };
 
+// Of works that are passed over, the last in a row of them from this one on. By all lanes of a warp.
+__device__ __forceinline__ int last_passed_over(const SparseMlaArguments& p, const Place& place, int index, int lane) {
+  for (;; index += 32 * place.stride) {
+    const int of_lane = index + lane * place.stride;
+    const bool ends = of_lane >= place.num_works || !Work(p, place, of_lane).is_passed_over();
+    const uint32_t lanes = __ballot_sync(0xffffffffu, ends);
+    if (lanes != 0) {
+      return index + (__ffs(static_cast<int>(lanes)) - 2) * place.stride;
+    }
+  }
+}
+
 }  // namespace dsv32

@@ -55,6 +55,7 @@ __device__ __forceinline__ void sum_works(Shared& shared, const SparseMlaArgumen
   for (int index = place.first_work; index < place.num_works; index += place.stride) {
     const Work work(p, place, index);
     if (!kIsSplit && work.is_passed_over()) {
+      index = last_passed_over(p, place, index, lane);
       continue;
     }
     Sums sums = {};
@@ -75,6 +76,7 @@ __device__ __forceinline__ void score_works(Shared& shared, const SparseMlaArgum
   for (int index = place.first_work; index < place.num_works; index += place.stride) {
     const Work work(p, place, index);
     if (!kIsSplit && work.is_passed_over()) {
+      index = last_passed_over(p, place, index, lane);
       continue;
     }
     score_tiles<kIsSplit>(turns, shared, p, work, warp, lane);
@@ -94,6 +96,7 @@ __device__ __forceinline__ void copy_works(Shared& shared, const SparseMlaArgume
     }
     const Work work(p, place, index);
     if (!kIsSplit && work.is_passed_over()) {
+      index = last_passed_over(p, place, index, lane);
       continue;
     }
     copy_tiles(turn, shared, p, work, warp, lane);

@@ -49,6 +49,9 @@ struct Shared {
   uint2 cut;
   int num_crowd;
   int num_listed;
+  // Of this block's share, compared with a guess.
+  int num_above;
+  int num_equal;
 };
 
 template <class C>
@@ -191,6 +194,13 @@ __device__ __forceinline__ Search<C, kWords * 4> search(Block<C>& block, const L
         found.bin[i] = x == x ? found.bins.bin(key_of(x)) : C::kNumBins;
       });
     }
+    if (low == high) {  // equal logits, of which the additions to one word would wait for each other
+      int count = 0, total;
+      logits.for_each([&](int i) { count += found.bin[i] == 0; });
+      block.sum_before(count, total);
+      found.boundary = {0, above, total};
+      return found;
+    }
     logits.for_each([&](int i) {
       if (static_cast<uint32_t>(found.bin[i]) < C::kNumBins) {
         atomicAdd(&histogram[found.bin[i]], 1u);
@@ -205,7 +215,7 @@ __device__ __forceinline__ Search<C, kWords * 4> search(Block<C>& block, const L
     found.boundary = block.find_boundary(counts, k - above);
     found.boundary.above += above;
     above = found.boundary.above;
-    if (found.boundary.inside <= enough || low == high) {
+    if (found.boundary.inside <= enough) {
       return found;
     }
   }

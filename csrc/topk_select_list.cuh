@@ -209,7 +209,12 @@ __device__ __forceinline__ int list_share(Block<C>& block, const Row<kAligned>& 
   return count;
 }
 
-// A logit that k of a row are all but certain to reach, and not many more.
+struct GuessedThreshold {
+  float logit;
+  bool is_crowded;  // more are equal to it, or higher, than a list holds
+};
+
+// A logit that k of a row are all but certain to reach, and not many more unless they are equal.
 //
 // It is guessed from words at equal distances. The expectation lies five standard deviations of a random sample above
 // k: neighbours are alike, which leaves less than that, but enough.
@@ -233,7 +238,7 @@ struct Sample {
     }
   }
 
-  __device__ __forceinline__ float guess_threshold(Block<C>& block, int num_keys, int k) const {
+  __device__ __forceinline__ GuessedThreshold guess_threshold(Block<C>& block, int num_keys, int k) const {
     const float weight = static_cast<float>(num_keys) / C::kSample;
     const float deviations = 2.5f * sqrtf(weight);
     const float root = deviations + sqrtf(deviations * deviations + k);
@@ -241,7 +246,9 @@ struct Sample {
     const float expected = fminf(root * root, 0.5f * (k + C::kCapacity));
     const int rank = min(static_cast<int>(expected / weight) + 1, C::kSample);
     const auto found = search(block, logits, rank, max(4, rank / 8));
-    return fmaxf(found.bins.bottom_of(found.boundary.bin), kLowestFinite);
+    const bool equal = found.bins.low == found.bins.high;
+    const float num_expected = weight * (found.boundary.above + found.boundary.inside);
+    return {fmaxf(found.bins.bottom_of(found.boundary.bin), kLowestFinite), equal && num_expected > C::kCapacity};
   }
 };
 

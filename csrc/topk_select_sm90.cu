@@ -3,8 +3,9 @@
 // The blocks of a cluster divide a row. Each guesses the same threshold from a sample of the whole row, reads its
 // share once, and lists what reaches the threshold; no block waits for another until then. The first block loads the
 // lists from the shared memory of all, and cuts them down to k. If the guess misleads, and fewer than k reach it or
-// more than the first block holds, the cluster finds the exact threshold in all logits, and lists again. Rows that
-// one block holds need no list, and rows of at most k keys are not read.
+// more than the first block holds, the cluster finds the exact threshold in all logits, and lists again: in rows of
+// equal logits too, where that is the guess. Rows that one block holds need no list, and rows of at most k keys are
+// not read.
 #include <cuda_runtime.h>
 
 #include "launch.cuh"
@@ -112,17 +113,23 @@ __device__ __forceinline__ Lists list_row(Block<C>& block, const Row<kAligned>& 
   const Sample<C> sample(block, row);
   Tile<C> first;
   first.load(block, row, share, share.begin);  // on its way while the threshold is guessed
-  const float threshold = sample.guess_threshold(block, row.num_keys, k);
-  int count = list_share(block, row, share, first, Guess{threshold});
-  if (block.thread == 0) {
-    block.shared.num_listed = count;
+  const GuessedThreshold threshold = sample.guess_threshold(block, row.num_keys, k);
+  int count;
+  if (!threshold.is_crowded) {
+    count = list_share(block, row, share, first, Guess{threshold.logit});
+    if (block.thread == 0) {
+      block.shared.num_listed = count;
+    }
+    block.synchronise_cluster();
+    const Lists guessed(block);
+    if (guessed.template suffice<C>(k)) {
+      return guessed;
+    }
   }
-  block.synchronise_cluster();
-  const Lists guessed(block);
-  if (guessed.template suffice<C>(k)) {
-    return guessed;
+  Exact exact;
+  if (!is_threshold(block, row, share, threshold.logit, k, exact)) {
+    exact = find_threshold(block, row, share, k);
   }
-  const Exact exact = find_threshold(block, row, share, k);
   count = list_share(block, row, share, first, exact);
   if (block.thread == 0) {
     block.shared.num_listed = count;

@@ -106,6 +106,13 @@ LINES = {
         list(product((1, 4, 16, 64, 128), (4 * K, 32 * K, 128 * K))),
         [(1, 32 * K), (64, 32 * K)],
     ),
+    "select-decode-equal": Line(
+        "top-k and its slots of equal logits, as of dummy weights; peers: the best of vLLM's, and its remap",
+        Goal(1.0),
+        measurements.select_decode,
+        [(*point, False) for point in product((1, 16, 64), (32 * K, 128 * K))],
+        [(16, 32 * K, False)],
+    ),
     "decode-block-16": Line(
         "attention between its projections, decode, 16 heads; peers: vLLM's, with FA3 (bf16), FlashMLA (fp8)",
         Goal(1.6),

@@ -369,13 +369,14 @@ def _num_wrong_selections(topk: TopkSelect, logits: torch.Tensor, num_keys: torc
 # Selection alone, and the whole between a decode step's projections.
 
 
-def select_decode(batch: int, length: int) -> Row:
-    """From logits to slots."""
+def select_decode(batch: int, length: int, random: bool = True) -> Row:
+    """From logits to slots. Those that are not random are equal, as they are of a model without weights."""
     row = Row(f"B={batch} x {length // 1024}K")
     kernels = our_kernels()
     name = kernels.names["topk_select"]
     problems = [index_problem(batch, 1, length, _INDEX_BLOCKS) for _ in range(_num_inputs(batch * length * 4))]
-    logits = [torch.randn(batch, length, device="cuda") for _ in problems]
+    make_logits = torch.randn if random else torch.zeros
+    logits = [make_logits(batch, length, device="cuda") for _ in problems]
     topk_slot = torch.empty(batch, TOPK, dtype=torch.int32, device="cuda")
 
     def calls(select_slots: TopkSelect) -> list[Call]:

@@ -116,9 +116,16 @@ def test_a_library_of_other_sources(monkeypatch, tmp_path):
     assert "has no not_there, nor_this: it was built from other sources;" in cuda_library.refusal(path)
 
 
-def test_tokens_of_less_than_no_keys_are_passed_over_on_cpu(on_cpu):
-    """Where they are not split. At every place among those of a block: the first, in a row, the last."""
-    counts = [-1, 70, 0, -1, -1, 64, 3, 129, -1, -1, 0, 70, -1]
+FEW_PASSED_OVER = [-1, 70, 0, -1, -1, 64, 3, 129, -1, -1, 0, 70, -1]
+MANY_PASSED_OVER = [70, *[-1] * 92, 3, *[-1] * 98, 64, *[-1] * 120]
+
+
+@pytest.mark.parametrize("counts", [FEW_PASSED_OVER, MANY_PASSED_OVER], ids=["few", "many"])
+def test_tokens_of_less_than_no_keys_are_passed_over_on_cpu(on_cpu, counts):
+    """Where they are not split. At every place among those of a block: the first, in a row, the last.
+
+    Blocks look over 32 of their tokens at once: many in a row are as many, one less, one more.
+    """
     q, cache, slots, valid, scale = problem(16, [max(0, count) for count in counts], 130, 512)
     counts = torch.tensor(counts, dtype=torch.int32)
     out, lse = on_cpu(q, cache, slots, counts, scale, 1)

@@ -142,6 +142,7 @@ void wait_for_chunks() {
 inline int32_t load_if(bool wanted, const int32_t* global) { return wanted ? *global : 0; }
 // Threads change only where they wait.
 inline int32_t load_relaxed(const int32_t* global) { return *global; }
+inline int32_t load_cached(const int32_t* global) { return *global; }
 inline void store_relaxed(int32_t* global, int32_t x) { *global = x; }
 template <class T>
 T load_aligned_if(bool wanted, const void* global) {
