@@ -62,8 +62,9 @@ def test_while_vllm_measures_memory_is_taken_as_with_a_batch():
         with Allocations() as allocations:
             llm.collective_rpc(lambda worker: worker.model_runner.profile_run())
     (num_tokens,) = batches
-    queries_and_results = 4 * layers[0].num_heads * (512 + 64 + 512)
-    index_queries, logits = layers[0].dims.num_index_heads * (128 + 4), 4 * 512
-    taken = [num_tokens * nbytes for nbytes in (queries_and_results, index_queries, logits)]
+    queries_and_results = num_tokens * 4 * layers[0].num_heads * (512 + 64 + 512)
+    index_queries, logits = num_tokens * layers[0].dims.num_index_heads * (128 + 4), num_tokens * 4 * 512
+    scratch = layers[0].kernels.scratch_nbytes
+    taken = [queries_and_results, index_queries, max(logits + scratch["topk_select"], scratch["sparse_mla"])]
     made = allocations.nbytes
     assert sum(made[i : i + 3] == taken for i in range(len(made))) == len(layers)

@@ -129,12 +129,13 @@ def test_an_override_is_obeyed_or_refused():
 CUDA = {
     "index_logits": replace(ON_A_GPU, num_index_heads=64),
     "topk_select": ON_A_GPU,
-    "sparse_mla": replace(ON_A_GPU, cache_format="fp8_ds_mla"),
+    "sparse_mla": replace(ON_A_GPU, cache_format="fp8_ds_mla", num_heads=8),
 }
 
 
 @pytest.mark.parametrize(
-    ("num_heads", "name"), [(16, "gluon"), (32, "gluon"), (33, "cuda"), (64, "cuda"), (128, "cuda")]
+    ("num_heads", "name"),
+    [(15, "gluon"), (16, "union"), (17, "gluon"), (32, "gluon"), (33, "cuda"), (64, "cuda"), (128, "cuda")],
 )
 def test_which_kernel_reads_a_bfloat16_cache_where_all_were_built(monkeypatch, num_heads, name):
     monkeypatch.setattr(cuda_library, "refusal", lambda: None)
@@ -189,16 +190,16 @@ def test_cuda_kernels_say_what_they_do_not_take(monkeypatch, operation, change, 
         ({"capability": (10, 0)}, "takes compute capability 9.0, got 10.0"),
     ],
 )
-def test_unions_are_attended_by_name(monkeypatch, change, words):
+def test_unions_come_first_where_they_were_built(monkeypatch, change, words):
     monkeypatch.setattr(cuda_library, "refusal", lambda: None)
     problem = replace(ON_A_GPU, **change)
     assert next(refusal for row, refusal in explain("sparse_mla", problem) if row.name == "union") == words
     if words is None:
-        assert select_kernels(problem).names["sparse_mla"] != "union"
-        chosen = select_kernels(problem, {"sparse_mla": "union"})
+        chosen = select_kernels(problem)
+        assert chosen.names["sparse_mla"] == "union"
         assert chosen.graph_capturable
         assert chosen.scratch_nbytes["sparse_mla"] == sparse_mla_cuda_union.SCRATCH_NBYTES
-        assert select_kernels(problem).scratch_nbytes["sparse_mla"] == 0
+        assert select_kernels(problem, {"sparse_mla": "gluon"}).scratch_nbytes["sparse_mla"] == 0
 
 
 # Operation, name, a problem that the row takes where vLLM's libraries are, and the library that it needs.
@@ -217,7 +218,7 @@ def refusal_by(name, problem):
 
 
 def test_rows_by_name_only_come_last():
-    assert {row.name for row in KERNELS if row.by_name_only} == {"union", *VENDOR}
+    assert {row.name for row in KERNELS if row.by_name_only} == set(VENDOR)
     assert [row.by_name_only for row in KERNELS] == sorted(row.by_name_only for row in KERNELS)
 
 

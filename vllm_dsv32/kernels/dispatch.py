@@ -4,8 +4,8 @@ A row names an operation, an implementation and the problems that it refuses. :f
 picks, for each operation, the first row that takes the problem, once per layer at construction.
 Every implementation has the signature of the operation's reference, which is also its contract.
 
-To add an implementation, add its row above the slower ones. Rows that are chosen by name only stand last: what
-is yet to be timed, then what vLLM itself ships, for comparison.
+To add an implementation, add its row above the slower ones. Rows that are chosen by name only stand last:
+what vLLM itself ships, for comparison.
 """
 
 import importlib
