@@ -34,6 +34,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Triton decides on its import whether kernels are compiled or interpreted; vLLM's import is one."""
     import torch
 
+    if config.getoption("--cuda-graphs"):
+        # As vLLM itself does for this model, but before tests import its layers, which are decorated then.
+        os.environ.setdefault("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
         if config.getoption("--cuda-graphs"):

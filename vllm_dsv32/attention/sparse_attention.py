@@ -14,6 +14,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_ma
 from vllm_dsv32.attention.backend import GPU_BLOCK_SIZE
 from vllm_dsv32.attention.caches import IndexKeyCache, LatentCache
 from vllm_dsv32.attention.derived_weights import set_buffer
+from vllm_dsv32.attention.graph_break import require_graph_break
 from vllm_dsv32.attention.metadata import DsaMetadata
 from vllm_dsv32.attention.shared_selection import SelectionShare, select_shared
 from vllm_dsv32.compat import keep_plain_weight
@@ -70,6 +71,7 @@ class SparseAttention(LatentCache):
 
         Raises:
             KernelUnavailableError: an operation has no implementation here.
+            ConfigError: this module was imported too early for CUDA graphs.
         """
         super().__init__(dims.kv_lora_rank + dims.rope_dim, prefix)
         self.dims = dims
@@ -82,6 +84,7 @@ class SparseAttention(LatentCache):
         self.index_k_norm = index_k_norm
         self._derive_index_weights = derive_index_weights
         vllm_config = get_current_vllm_config()
+        require_graph_break(SparseAttention.forward, vllm_config.compilation_config.cudagraph_mode)
         problem, overrides = kernel_problem(vllm_config, self.kv_cache_dtype), kernel_overrides(vllm_config)
         self.kernels = select_kernels(problem, overrides)
         self._max_model_len = vllm_config.model_config.max_model_len
